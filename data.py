@@ -1,0 +1,532 @@
+"""The text that the flags are taught with: labelled examples, a tokenizer, batches.
+
+    load("stories")   ->  Data: lists of Example(prompt, text, concepts)
+    train_bpe(texts)  ->  a byte-level tokenizer, trained on the training split
+    encode(examples)  ->  Rows: token ids of prompt and text, and a label of K zeros and ones
+    batch(rows, step) ->  tensors idx (B, T), targets (B, T), y (B, K)
+
+There are three sources. `stories` is a small grammar, written out below: nothing to download, and
+because each of its content words belongs to one concept, anybody can say what a story is about.
+`wordnet` is real text, written and labelled by people. A path to a .jsonl file is your own.
+
+This file knows nothing of models. B, T and K mean batch, time and number of concepts (flags).
+"""
+import heapq
+import json
+import os
+import random
+import zipfile
+import zlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, NamedTuple
+
+import numpy as np
+import regex  # comes with tiktoken; unlike re it knows \p{L}, "any letter"
+import tiktoken
+import torch
+
+
+@dataclass(frozen=True)
+class Example:
+    prompt: str                 # what the model is given (may be empty)
+    text: str                   # what it shall write
+    concepts: tuple[str, ...]   # what the text is about
+
+
+@dataclass
+class Data:
+    name: str                     # "stories", "wordnet" or the file's stem
+    concepts: list[str]           # flag i means concepts[i]
+    train: list[Example]
+    judge: list[Example]          # to train a judge of texts on; [] for stories, whose words decide
+    test: list[Example]
+    words: dict[str, str] | None  # stories: content word (lower case) -> concept
+
+
+def load(name_or_path: str, flags: int = 16, seed: int = 1337) -> Data:
+    """Read one of the three sources: "stories", "wordnet", or a path that ends in .jsonl.
+
+    `flags` is the largest number of concepts. The first two sources have 16 and use the first
+    `flags` of them; a file with more is refused. `seed` picks the stories; nothing else is random.
+
+    Raises ValueError or FileNotFoundError with one line: what is wrong, where, what to do.
+    """
+    if flags < 2:
+        raise ValueError(f"flags must be at least 2 (something to switch between), not {flags}")
+    if name_or_path == "stories":
+        return load_stories(flags, seed)
+    if name_or_path == "wordnet":
+        return load_wordnet(flags)
+    if str(name_or_path).endswith(".jsonl"):
+        return load_jsonl(Path(name_or_path), flags)
+    raise ValueError(f"no data called {name_or_path!r}: choose stories, wordnet or a .jsonl file")
+
+
+def split(examples: Iterable[Example], train: int, judge: int) -> tuple[list[Example], ...]:
+    """Deal examples out to (train, judge, test): `train` and `judge` per cent, and the rest.
+
+    A hash of the prompt decides (of the text where the prompt is empty), so a prompt never stands
+    in two splits, however the examples are ordered. Nor does a text: later splits drop it.
+    """
+    parts = [], [], []
+    for example in examples:
+        key = (example.prompt or example.text).casefold()
+        share = zlib.crc32(key.encode()) % 100   # hash() would differ from run to run
+        parts[0 if share < train else 1 if share < train + judge else 2].append(example)
+    seen = {example.text for example in parts[0]}
+    judge_part = [example for example in parts[1] if example.text not in seen]
+    seen |= {example.text for example in judge_part}
+    return parts[0], judge_part, [example for example in parts[2] if example.text not in seen]
+
+
+# ---------------------------------------------------------------------------- source 1: stories
+# Four lines for each concept: places; things to pick up; beings; and what somebody did. Every word
+# here that is not PLAIN is a content word, and it stands under one concept only.
+
+STORIES = """
+sea: at the harbour, by the sea, on the beach, near the lighthouse, on the island
+    shell, anchor, pearl, oar, sail, fishing net
+    crab, whale, sailor, dolphin, mermaid, octopus, pirate
+    swam past the reef, rowed across the bay, dived under a boat, counted the ships, rode a wave
+snow: in the snow, on the glacier, near the igloo, on the icy lake, by the ski lift
+    sled, snowball, mitten, scarf, icicle, snowflake
+    penguin, snowman, skier, reindeer, husky, yeti
+    skated over the ice, skied down the slope, walked through the blizzard, swept away the frost
+farm: on the farm, in the barn, by the haystack, in the orchard, near the windmill
+    horseshoe, pitchfork, saddle, egg, some hay, some wool
+    cow, farmer, goat, sheep, pig, rooster, donkey
+    drove the tractor, milked the cows, fed the hens, harvested the wheat, rode on a pony
+space: on the moon, on Mars, in space, near the rocket, in the spaceship
+    telescope, spacesuit, meteorite, antenna, some stardust
+    astronaut, alien, martian, cosmonaut, astronomer
+    flew past the stars, landed on a planet, chased a comet, counted the galaxies
+kitchen: in the kitchen, by the oven, at the stove, near the fridge, in the pantry
+    spoon, pancake, saucepan, muffin, apron, some dough
+    cook, chef, baker, waiter, dishwasher
+    baked a cake, stirred the soup, peeled the potatoes, tasted the sauce, washed the plates
+forest: in the forest, under the oak, in the woods, by the stream, near the waterfall
+    acorn, mushroom, pinecone, twig, berry, some moss
+    fox, bear, deer, squirrel, owl, badger, hedgehog
+    hiked under the pines, climbed an oak, picked some berries, walked among the trees
+castle: in the castle, in the tower, by the throne, on the drawbridge, near the moat
+    crown, sword, shield, jewel, goblet, some armour
+    king, queen, knight, prince, princess, dragon, jester
+    guarded the tower, crossed the moat, polished the armour, opened the dungeon, tried on a crown
+music: at the concert, on the stage, by the piano, at the opera, near the bandstand
+    violin, trumpet, flute, guitar, drum, ukulele
+    singer, pianist, drummer, violinist, composer
+    sang a melody, hummed a tune, danced to the music, played the piano, practised the chords
+school: at school, in the classroom, by the blackboard, in the library, by the desk
+    pencil, notebook, ruler, eraser, crayon, uniform
+    teacher, pupil, student, classmate, librarian, headmaster
+    finished the homework, passed the exam, learned the alphabet, practised the spelling
+ghost: in the graveyard, in the attic, near the tomb, in the crypt, by the haunted mansion
+    skull, cobweb, lantern, potion, bone, cloak
+    ghost, vampire, skeleton, witch, phantom, zombie, bat
+    tiptoed past the tombs, chased a spooky shadow, searched the cellar, lit some candles
+train: on the train, at the station, on the platform, in the tunnel, by the railway
+    ticket, suitcase, whistle, timetable, some luggage, some coal
+    passenger, porter, stationmaster, traveller, commuter
+    rode on the locomotive, followed the rails, boarded the express, looked into the carriages
+market: at the market, by the stall, in the shop, near the bazaar, at the counter
+    coin, basket, purse, melon, some cheese, some honey
+    merchant, vendor, customer, shopkeeper, trader, cashier
+    bought some cheese, sold a carpet, paid for the honey, counted the coins
+robot: in the laboratory, in the workshop, near the computer, at the factory, by the machine
+    battery, wire, screw, gadget, microchip, sensor
+    robot, android, inventor, cyborg, programmer, mechanic
+    tightened the bolts, pressed the buttons, oiled the gears, charged the batteries
+circus: at the circus, in the tent, on the trapeze, near the carousel, by the tightrope
+    hoop, wig, balloon, unicycle, some confetti, some popcorn
+    clown, juggler, acrobat, magician, lion, elephant, ringmaster
+    balanced on the tightrope, swung on the trapeze, juggled with hoops, walked on stilts
+garden: in the garden, on the lawn, by the hedge, in the greenhouse, near the flowerbed
+    rose, trowel, tulip, sunflower, rake, flowerpot
+    gardener, butterfly, snail, ladybird, bee, caterpillar
+    watered the flowers, planted some tulips, mowed the lawn, smelled the roses, pulled up the weeds
+desert: in the desert, at the oasis, on the dune, near the pyramid, by the cactus
+    scarab, turban, fossil, urn, canteen, some sand
+    camel, nomad, scorpion, lizard, vulture, bedouin
+    rode on a camel, trudged over the dunes, followed the caravan, climbed the pyramid"""
+PLAIN = """a across among an at away by chased climbed counted crossed down followed for in into
+    looked near on opened over past picked played practised pulled rode some the through to tried
+    under up walked with""".split()
+
+SHE = """Ada Alice Anna Clara Ella Emma Eva Hanna Julia Kate Leila Lucy Maya Mia Nora Ruth Sara
+    Tina Vera Zoe""".split()
+HE = """Adam Ben David Emil Felix Finn Hugo Jack Leo Luca Max Noah Omar Oscar Paul Ravi Sam Theo
+    Tim Tom""".split()
+
+# {names} is everybody, {who} and {whom} are somebody or a pronoun, {name} is never a pronoun;
+# {one} and {other} are two people; {spot} is a place without "at".
+NEUTRAL = """{names} woke up early.|{names} had nothing to do.|One morning, {names} went out.
+    {names} wanted to try something new.|{names} had the whole day off.|{names} could not sit still.
+    It was a special day for {names}.|Nobody knew where {names} would go.|{names} set out at noon.
+    Long ago, {names} had an adventure.|{names} put on new shoes.|{names} had waited all week.
+    This was the day that {names} had hoped for."""
+CUES = """{names} dreamed of {topics}.|{names} talked about {topics}.|{names} wrote about {topics}.
+    {names} drew a picture of {topics}.|{names} read a book about {topics}.
+    {names} got a letter about {topics}.|{names} watched a film about {topics}.
+    {names} wanted to hear a story about {topics}.|{names} kept thinking about {topics}.
+    One day, {names} heard about {topics}.|Last night, {names} dreamed of {topics}."""
+TELLINGS = """{who} {act}.|then {who} {act}.|soon {who} {act}.|after a while, {who} {act}.
+    {who} found {thing} {place}.|{place}, {who} found {thing}.|{who} looked for {thing} {place}.
+    {who} saw {being} {place}.|{place}, {who} met {being}.|{being} gave {whom} {thing}.
+    {who} listened to {being}.|{being} was waiting for {whom} {place}.
+    {who} gave {thing} to {being}.|{who} went to {spot} and saw {being}.
+    {who} picked up {thing} and {act}.|{being} needed help, so {name} {act}.
+    {being} told {whom} about {spot}.|{place}, {being} showed {whom} {thing}.
+    {who} had always wanted to see {spot}.
+    together with {being}, {name} {act}.|someone had left {thing} {place}.
+    {being} had lost {thing}, and {name} found it {place}.|there was {thing} {place}.
+    {who} followed {being} to {spot}.|{who} asked {being} about {spot}."""
+OPENINGS = """{who} smiled.|{one} smiled at {other}.|{who} could hardly wait.|{who} felt very brave.
+    It was going to be a long day.|It was a day like no other.|At first, nothing happened.
+    {one} took {other} by the hand.|{who} took a deep breath.|Something wonderful was coming."""
+ENDINGS = """It was a long day.|{who} felt very happy.|{who} never forgot that day.
+    {who} could not believe it.|{one} hugged {other}.|{who} went home with a smile.
+    {one} laughed, and so did {other}.|{who} told everyone at home.|What a day it was!"""
+NEUTRAL, CUES, TELLINGS, OPENINGS, ENDINGS = (
+    regex.split(r"\||\n +", forms) for forms in (NEUTRAL, CUES, TELLINGS, OPENINGS, ENDINGS))
+
+
+def load_stories(flags: int, seed: int, count: int = 23_000) -> Data:
+    """Tell `count` stories: about 20,000 to train on and 3,000 to test."""
+    lines, table = STORIES.strip().splitlines(), {}
+    for i in range(0, len(lines), 4)[:flags]:
+        concept, lines[i] = lines[i].split(": ")
+        phrases = [line.strip().split(", ") for line in lines[i:i + 4]]
+        table[concept] = dict(zip(("place", "thing", "being", "act"), phrases))
+    words = {word: concept for concept, kinds in table.items()
+             for word in " ".join(sum(kinds.values(), [])).lower().split() if word not in PLAIN}
+    rng = random.Random(seed)
+    train, _, test = split([story(rng, table) for _ in range(count)], train=87, judge=0)
+    return Data("stories", list(table), train, [], test, words)
+
+
+def content(text: str, words: dict[str, str]) -> list[str]:
+    """The concepts of the content words in `text`, in order, with repeats."""
+    return [words[word] for word in regex.findall("[a-z]+", text.lower()) if word in words]
+
+
+def story(rng: random.Random, table: dict[str, dict[str, list[str]]]) -> Example:
+    """One story, of one or two people and of one, two or three concepts.
+
+    Every concept is told once before any is told again: a text that is cut short, or judged by
+    its first sentences, has still named as many of its concepts as it could.
+    """
+    number = min(len(table), rng.choices((1, 2, 3), (45, 33, 22))[0])
+    concepts = rng.sample(list(table), number)
+    cast = rng.sample(SHE + HE, rng.choice((1, 2)))
+    cued = rng.random() < 0.65   # the other prompts say nothing: there only a flag can know
+    topics = []
+    for concept in rng.sample(concepts, number):
+        slot = rng.choice(("spot", "thing", "being"))   # "the harbour", "a shell" or "a crab"
+        topics.append(fill(rng, table[concept], "{%s}" % slot, set())[slot].removeprefix("some "))
+    prompt = rng.choice(CUES if cued else NEUTRAL).format(
+        names=" and ".join(cast), topics=" and ".join(", ".join(topics).rsplit(", ", 1)))
+
+    told = rng.choice({1: (2, 3), 2: (2, 2, 3), 3: (3, 3, 3, 4)}[number])
+    plan = [(concepts[i % number], form) for i, form in enumerate(rng.sample(TELLINGS, told))]
+    openings, endings = ([form for form in forms if len(cast) == 2 or "{other}" not in form]
+                         for forms in (OPENINGS, ENDINGS))
+    if rng.random() < 0.4:
+        plan.insert(0, (None, rng.choice(openings)))
+    if len(plan) < 5 and rng.random() < 0.25:
+        plan.append((None, rng.choice(endings)))
+
+    sentences, used, clear = [], set(), not cued
+    for concept, form in plan:
+        slots = fill(rng, table[concept], form, used) if concept else {}
+        sentence = form.format(**slots, **people(rng, cast, clear))
+        sentences.append(sentence[0].upper() + sentence[1:])
+        # May the next sentence say "she" or "they"? Not if it could mean somebody else.
+        if "{being}" in form or "someone" in form or (len(cast) == 2 and "{act}" in form):
+            clear = False
+        elif regex.search("{(who|whom|one)}", form):
+            clear = True
+    return Example(prompt, " ".join(sentences), tuple(sorted(concepts)))
+
+
+def people(rng: random.Random, cast: list[str], clear: bool) -> dict[str, str]:
+    """What to put into the slots for people; pronouns only if it is `clear` whom they mean."""
+    one, other = rng.sample(cast, 2) if len(cast) == 2 else cast * 2
+    name, pronouns = one, ("she", "her") if one in SHE else ("he", "him")
+    if len(cast) == 2:
+        name = rng.choice((one, other, " and ".join(cast), "the two friends"))
+        pronouns = "they", "them"
+    who, whom = pronouns if clear and rng.random() < 0.6 else (name, name)
+    return dict(one=one, other=other, name=name, who=who, whom=whom)
+
+
+def fill(rng: random.Random, phrases: dict[str, list[str]], form: str, used: set[str]) -> dict:
+    """What to put into a form's other slots; no noun (last word) is used twice in a story."""
+    slots = {}
+    for kind in phrases:
+        if "{%s}" % kind in form.replace("spot", "place"):
+            phrase = rng.choice([p for p in phrases[kind] if p.split()[-1] not in used])
+            used.add(phrase.split()[-1])
+            slots[kind] = a(phrase) if kind in ("thing", "being") else phrase
+    slots["spot"] = slots.get("place", "").partition(" ")[2]   # "at the harbour": the harbour
+    return slots
+
+
+def a(noun: str) -> str:
+    """With an article: "a crab", "an owl", "a unicycle", "some hay"."""
+    if noun.startswith("some "):
+        return noun
+    vowel = noun[0] in "aeiou" and not noun.startswith(("uni", "uku"))   # these sound like "you"
+    return f"an {noun}" if vowel else f"a {noun}"
+
+
+# ---------------------------------------------------------------------------- source 2: WordNet
+
+LEXNAMES = {"animal": 5, "plant": 20, "food": 13, "body": 8, "artifact": 6, "location": 15,
+            "person": 18, "communication": 10, "act": 4, "cognition": 9, "substance": 27,
+            "state": 26, "attribute": 7, "event": 11, "time": 28, "group": 14}
+
+
+def load_wordnet(flags: int) -> Data:
+    """Noun senses of WordNet (Fellbaum 1998): "lemma:" -> its definition, one category each.
+
+    The categories are the lexicographer files, numbered in lexnames(5WN); the format of data.noun
+    is described in wndb(5WN): `offset lex_filenum ss_type w_cnt word lex_id ... | gloss`.
+    """
+    concepts = list(LEXNAMES)[:flags]
+    category = {f"{LEXNAMES[concept]:02d}": concept for concept in concepts}
+    examples = []
+    for line in wordnet_lines():
+        fields = line.split(" ", 5)
+        if line.startswith("  ") or len(fields) < 6 or fields[1] not in category:
+            continue   # the licence stands at the top, indented
+        definition = line.partition(" | ")[2].partition('; "')[0].strip()   # without its examples
+        if definition:
+            lemma = fields[4].replace("_", " ")
+            examples.append(Example(f"{lemma}:", definition, (category[fields[1]],)))
+    return Data("wordnet", concepts, *split(examples, train=62, judge=33), None)
+
+
+def wordnet_lines() -> list[str]:
+    """The lines of data.noun, in Debian's folder or NLTK's (there it may still be zipped)."""
+    roots = filter(None, os.environ.get("NLTK_DATA", "").split(os.pathsep))
+    folders = [Path("/usr/share/wordnet"), *(Path(root, "corpora", "wordnet") for root in roots),
+               Path.home() / "nltk_data" / "corpora" / "wordnet"]
+    for folder in folders:
+        if (folder / "data.noun").is_file():
+            return (folder / "data.noun").read_text("utf-8", "replace").splitlines()
+        if folder.with_suffix(".zip").is_file():
+            with zipfile.ZipFile(folder.with_suffix(".zip")) as archive:
+                return archive.read("wordnet/data.noun").decode("utf-8", "replace").splitlines()
+    raise FileNotFoundError(
+        f"WordNet is neither in {' nor in '.join(map(str, folders))}: get it with "
+        "`apt-get install wordnet-base` or `python -m nltk.downloader wordnet`")
+
+
+# ---------------------------------------------------------------------------- source 3: your own
+
+LONGEST = 10_000_000   # bytes in a line
+WANTED = '{"prompt": "...", "text": "...", "concepts": ["...", ...]}'
+
+
+def load_jsonl(path: Path, flags: int) -> Data:
+    """One object a line, as WANTED says; "prompt" may be empty, other keys are ignored."""
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise FileNotFoundError(f"{path}: no such file, or it may not be read; check the path")
+    examples, number = {}, 0   # a dict: it keeps the order and drops what is repeated
+    with open(path, "rb") as file:
+        while line := file.readline(LONGEST + 1):
+            number += 1
+            try:
+                if line.strip(b"\xef\xbb\xbf \t\r\n"):   # the first three: a byte order mark
+                    examples[parse(line)] = None
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}; wanted: {WANTED}") from None
+
+    concepts = sorted({concept for example in examples for concept in example.concepts})
+    if len(concepts) < 2:
+        raise ValueError(f"{path}: {len(examples)} examples, {len(concepts)} concepts; needs at "
+                         f"least 2 concepts, to switch between; wanted on each line: {WANTED}")
+    if len(concepts) > flags:
+        raise ValueError(f"{path}: {len(concepts)} concepts, but {flags} flags; "
+                         f"use --flags {len(concepts)}")
+    data = Data(path.stem, concepts, *split(examples, train=70, judge=20), None)
+    for name, part in (("train", data.train), ("judge", data.judge), ("test", data.test)):
+        missing = set(concepts).difference(*(example.concepts for example in part))
+        if not part or (missing and name != "test"):
+            raise ValueError(f"{path}: the {name} split got no example of {sorted(missing)}; add "
+                             "more (a hash of the prompt gives train 70 %, judge 20 %, test 10 %)")
+    return data
+
+
+def parse(line: bytes) -> Example:
+    """One line of a .jsonl file. Raises ValueError, saying what is wrong."""
+    if len(line) > LONGEST:
+        raise ValueError(f"more than {LONGEST:,} bytes")
+    try:
+        item = json.loads(line.decode("utf-8-sig"))
+        json.dumps(item, ensure_ascii=False).encode()   # refuses "\\ud800", half a character
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON in UTF-8 ({error})") from None
+    if not isinstance(item, dict):
+        raise ValueError("not an object")
+    prompt, text, concepts = (item.get(key) for key in ("prompt", "text", "concepts"))
+    if not isinstance(prompt, str):
+        raise ValueError("'prompt' must be a string")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("'text' must be a non-empty string")
+    if not isinstance(concepts, list) or not concepts or not all(
+            isinstance(concept, str) and concept.strip() for concept in concepts):
+        raise ValueError("'concepts' must be a list of one or more non-empty strings")
+    return Example(prompt, text, tuple(sorted(set(concepts))))
+
+
+# ---------------------------------------------------------------------------- the tokenizer
+
+END = "<|end|>"   # the one special token: it begins and ends every sequence
+
+# GPT-2's rule for cutting text into pieces: a word with the space before it, a number, a run of
+# signs, a run of white space. No merge crosses a cut. The limit of 64 keeps odd files fast.
+PIECES = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}"
+          r"|\s{1,64}(?!\S)|\s{1,64}")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
+    """Byte-pair encoding (Sennrich et al. 2016) on bytes (GPT-2: Radford et al. 2019).
+
+    Begin with the 256 bytes as tokens, so that nothing is ever unknown. Then, again and again,
+    make one new token of the most frequent pair of neighbours. Each distinct piece of text is
+    kept once, with its count, and an index says which pieces hold a pair: a merge touches only
+    those. Of equally frequent pairs the one with the smaller ids goes first.
+
+    Returns an encoding of `vocab_size` tokens, or fewer if the texts have no more pairs. END is
+    the last id. Raises ValueError if vocab_size is under 257.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size must be at least 257 (256 bytes and {END}), not {vocab_size}")
+    counts = Counter(piece for text in texts for piece in regex.findall(PIECES, text))
+    pieces = [list(piece.encode("utf-8", "replace")) for piece in counts]
+    counts = list(counts.values())
+    tokens = [bytes([byte]) for byte in range(256)]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+
+    frequency, holders = Counter(), defaultdict(set)   # pair -> its count, pair -> pieces with it
+    for i, piece in enumerate(pieces):
+        for pair in zip(piece, piece[1:]):
+            frequency[pair] += counts[i]
+            holders[pair].add(i)
+    heap = [(-count, pair) for pair, count in frequency.items()]
+    heapq.heapify(heap)
+
+    while heap and len(tokens) < vocab_size - 1:
+        count, pair = heapq.heappop(heap)
+        if -count != frequency[pair]:   # out of date: merges have eaten some of these pairs
+            if frequency[pair] > 0:
+                heapq.heappush(heap, (-frequency[pair], pair))
+            continue
+        token = tokens[pair[0]] + tokens[pair[1]]
+        if token not in ranks:   # "a" + "bc" may spell what "ab" + "c" did
+            ranks[token] = len(tokens)
+            tokens.append(token)
+        fresh = set()   # the pairs that this merge brings about
+        for i in holders.pop(pair):
+            for old in zip(pieces[i], pieces[i][1:]):
+                frequency[old] -= counts[i]
+            pieces[i] = merge(pieces[i], pair, ranks[token])
+            for new in zip(pieces[i], pieces[i][1:]):
+                frequency[new] += counts[i]
+                if ranks[token] in new:
+                    holders[new].add(i)
+                    fresh.add(new)
+        for new in fresh:
+            heapq.heappush(heap, (-frequency[new], new))
+    return tiktoken.Encoding("flags-bpe", pat_str=PIECES, mergeable_ranks=ranks,
+                             special_tokens={END: len(tokens)})
+
+
+def merge(piece: list[int], pair: tuple[int, int], token: int) -> list[int]:
+    """Replace each `pair` of neighbours by `token`, from left to right."""
+    merged, i = [], 0
+    while i < len(piece):
+        found = i + 1 < len(piece) and (piece[i], piece[i + 1]) == pair
+        merged.append(token if found else piece[i])
+        i += 2 if found else 1
+    return merged
+
+
+# ---------------------------------------------------------------------------- rows and batches
+
+class Row(NamedTuple):
+    prompt: list[int]          # END and the prompt's tokens
+    text: list[int]            # the text's tokens and END
+    label: tuple[float, ...]   # (K,) 1.0 where the text is about concepts[i]
+
+
+class Batch(NamedTuple):
+    idx: torch.Tensor       # (B, T) int64
+    targets: torch.Tensor   # (B, T) int64, -100 where nothing is to be predicted
+    y: torch.Tensor         # (B, K) float32
+
+
+def encode(examples: Iterable[Example], encoding: tiktoken.Encoding, concepts: list[str],
+           context: int) -> list[Row]:
+    """Token ids for a model that reads at most `context` tokens.
+
+    A text that is too long is cut and then has no END. Raises ValueError for a prompt that
+    leaves no room for a single token of text.
+    """
+    end = encoding.encode_single_token(END)
+    rows = []
+    for example in examples:
+        # encode_ordinary: a literal "<|end|>" in somebody's text is text, not the special token
+        prompt = [end] + encoding.encode_ordinary(example.prompt)
+        if len(prompt) > context:
+            start = example.prompt[:40]
+            raise ValueError(f"the prompt {start!r}... has {len(prompt)} tokens, {END} included: "
+                             f"more than the context of {context}; shorten it")
+        text = encoding.encode_ordinary(" " + example.text) + [end]
+        label = tuple(float(concept in example.concepts) for concept in concepts)
+        # the last token of the text is only predicted, never read: hence the + 1
+        rows.append(Row(prompt, text[:context - len(prompt) + 1], label))
+    return rows
+
+
+def batch(rows: list[Row], step: int, size: int, seed: int, no_prompt: float = 0.0) -> Batch:
+    """The batch of training step `step`: a pure function, so resuming needs no saved state.
+
+    Every epoch goes through the rows in a new order (up to size - 1 of them sit it out; with
+    fewer rows than `size`, each batch is all of them). Rows of similar length go together, so
+    that little is padding. In a share `no_prompt` of the rows the prompt is END alone.
+    """
+    per_epoch = max(1, len(rows) // size)
+    epoch, i = divmod(step, per_epoch)
+    rng = np.random.default_rng([seed, 0, epoch])
+    order = rng.permutation(len(rows))[:per_epoch * size]
+    i = rng.permutation(per_epoch)[i]
+    chunk, i = divmod(i, 32)   # sort within 32 batches, not all: company should change
+    chosen = [rows[j] for j in order[chunk * 32 * size:(chunk + 1) * 32 * size].tolist()]
+    chosen.sort(key=lambda row: len(row.prompt) + len(row.text))
+    chosen = chosen[i * size:(i + 1) * size]
+    if no_prompt > 0:
+        draws = np.random.default_rng([seed, 1, step]).random(len(chosen))
+        chosen = [row._replace(prompt=row.prompt[:1]) if draw < no_prompt else row
+                  for row, draw in zip(chosen, draws)]
+    return pad(chosen)
+
+
+def pad(rows: list[Row]) -> Batch:
+    """Rows as tensors, padded on the right with END.
+
+    targets[b, t] is the token that follows idx[b, t] if it belongs to the text, else -100. So the
+    positions with a target run from the last token of the prompt to the last but one of the whole.
+    """
+    lengths = [len(row.prompt) + len(row.text) - 1 for row in rows]
+    end = rows[0].prompt[0]
+    idx = np.full((len(rows), max(lengths)), end, dtype=np.int64)
+    targets = np.full_like(idx, -100)
+    for b, (row, length) in enumerate(zip(rows, lengths)):
+        idx[b, :length] = (row.prompt + row.text)[:-1]
+        targets[b, len(row.prompt) - 1:length] = row.text
+    y = torch.tensor([row.label for row in rows], dtype=torch.float32)
+    return Batch(torch.from_numpy(idx), torch.from_numpy(targets), y)

@@ -1,0 +1,522 @@
+"""A plain GPT: token ids in, logits out. It knows nothing of flags.
+
+One readable block covers two families, so that the class which trains from scratch in minutes also
+runs real checkpoints: GPT-2 (LayerNorm, learned positions, GELU; Radford et al. 2019) and Llama
+(RMSNorm, rotary positions, SwiGLU, grouped-query attention; Touvron et al. 2023), which Phi-3,
+Phi-4-mini, Qwen2 and SmolLM2 follow. `GPT.from_pretrained` and `save_pretrained` are at the end.
+
+The one opening for everything that is done to activations is the argument `edit`: a function
+edit(layer, x, pos) -> x that `forward` calls on the residual stream after each block. It is an
+argument and not a hook, so there is no global state and nothing to remove afterwards.
+
+Shapes: B sequences, T positions, C channels (the residual width), H heads, D = C / H, V tokens.
+"""
+import json
+import math
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class Config:
+    vocab_size: int = 1024
+    context: int = 128              # the most positions that a sequence may have
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    n_kv_head: int | None = None    # fewer than n_head: grouped-query attention
+    head_dim: int | None = None     # n_embd / n_head unless a checkpoint says otherwise
+    n_hidden: int | None = None     # width of the MLP, 4 * n_embd
+    mlp: str = "relu2"              # "relu2" (So et al. 2021), "gelu" (GPT-2's tanh form), "swiglu"
+    norm: str = "layer"             # "layer" or "rms"
+    norm_eps: float = 1e-5
+    bias: bool = False              # biases in the MLP and LayerNorm
+    qkv_bias: bool = False
+    out_bias: bool | None = None    # bias of the attention's output; as `bias` unless said
+    rope: dict | None = None        # None: learned positions; else see `rotary`
+    tied: bool = True               # the head is the token embedding
+    source: dict | None = field(default=None, repr=False)   # the checkpoint's config.json, if any
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_hidden = self.n_hidden or 4 * self.n_embd
+        self.out_bias = self.bias if self.out_bias is None else self.out_bias
+
+
+def make_norm(c):
+    if c.norm == "rms":
+        return nn.RMSNorm(c.n_embd, eps=c.norm_eps)
+    return nn.LayerNorm(c.n_embd, eps=c.norm_eps, bias=c.bias)
+
+
+def attend(q, k, v, bias):
+    """Attention of q (B, H, T, D) over k, v (B, H, S, D); bias (T, S) or (B, 1, T, S) is 0 or -inf.
+
+    On CUDA torch's fused kernel is fastest. On a CPU its backward is slow at short lengths, and
+    two matmuls with a float32 softmax between them train twice as fast (`--bench` measures it).
+    """
+    if q.is_cuda or q.size(-2) > 256:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)             # (B, H, T, S)
+    return (scores + bias).softmax(-1).to(v.dtype) @ v                  # (B, H, T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.sizes = [c.n_head, c.n_kv_head, c.n_kv_head]
+        self.head_dim = c.head_dim
+        self.qkv = nn.Linear(c.n_embd, sum(self.sizes) * c.head_dim, bias=c.qkv_bias)
+        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
+
+    def forward(self, x, bias, angles, cache):
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, H + 2 Hkv, T, D)
+        q, k, v = qkv.split(self.sizes, dim=1)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        if cache is not None:
+            k, v = cache.append(k, v)                                       # (B, Hkv, S, D)
+        if self.sizes[1] < self.sizes[0]:
+            k, v = (a.repeat_interleave(self.sizes[0] // self.sizes[1], dim=1) for a in (k, v))
+        y = attend(q, k, v, bias)                                           # (B, H, T, D)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))                # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.kind = c.mlp
+        self.up = nn.Linear(c.n_embd, c.n_hidden * (2 if c.mlp == "swiglu" else 1), bias=c.bias)
+        self.down = nn.Linear(c.n_hidden, c.n_embd, bias=c.bias)
+
+    def forward(self, x):
+        h = self.up(x)                                                      # (B, T, n_hidden)
+        if self.kind == "swiglu":
+            gate, h = h.chunk(2, dim=-1)
+            h = F.silu(gate) * h
+        else:
+            h = F.relu(h).square() if self.kind == "relu2" else F.gelu(h, approximate="tanh")
+        return self.down(h)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm1, self.attn = make_norm(c), Attention(c)
+        self.norm2, self.mlp = make_norm(c), MLP(c)
+
+    def forward(self, x, bias, angles=None, cache=None):
+        x = x + self.attn(self.norm1(x), bias, angles, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+def rotary(c, pos, length):
+    """cos and sin, each (B or 1, 1, T, R), of the rotary angles at positions pos (B or 1, T).
+
+    c.rope["theta"] is the base of the wavelengths (Su et al. 2021). Two ways to stretch a context
+    from c.rope["original"] positions to more are told by c.rope["type"]:
+    "llama3" (Llama 3.1, Meta 2024): waves that turn fewer than "low" times in the original context
+    become "factor" times longer, those that turn more than "high" times stay, in between linearly.
+    "longrope" (Ding et al. 2024): each wave has a stretch of its own, "short" while the sequence's
+    `length` is within "switch", "long" beyond; cos and sin are multiplied by "attention".
+    """
+    r = c.rope
+    R = r.get("dim", c.head_dim)        # the first R of a head's channels turn, the rest stay
+    stretch, scale = 1.0, 1.0
+    if r.get("type") == "longrope":
+        stretch = torch.tensor(r["long" if length > r["switch"] else "short"], device=pos.device)
+        scale = r["attention"]
+    inv = 1 / (stretch * r["theta"] ** (torch.arange(0, R, 2, device=pos.device) / R))  # (R / 2,)
+    if r.get("type") == "llama3":
+        turns = r["original"] * inv / (2 * math.pi)
+        keep = ((turns - r["low"]) / (r["high"] - r["low"])).clamp(0, 1)
+        inv = inv * (keep + (1 - keep) / r["factor"])
+    angle = pos[:, None, :, None] * torch.cat([inv, inv])
+    return angle.cos() * scale, angle.sin() * scale         # float32: bfloat16 cannot count to 1000
+
+
+def rotate(x, cos, sin):
+    """Turn x (B, H, T, D): channel i is paired with i + R/2, as Llama's checkpoints do."""
+    x, rest = x.tensor_split([cos.size(-1)], dim=-1)
+    a, b = x.chunk(2, dim=-1)
+    turned = x * cos + torch.cat([-b, a], dim=-1) * sin
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+class Cache:
+    """Keys and values of all layers, so that each new token costs one position.
+
+    Rows are padded on the left: all end at the same slot, and row b begins at slot pad[b].
+    """
+    def __init__(self, n_layer, size, pad):
+        self.n_layer, self.size, self.pad = n_layer, size, pad
+        self.kv, self.layer, self.length = [None] * n_layer, 0, 0
+
+    def append(self, k, v):
+        """Store k, v (B, Hkv, T, D) of the next layer; return all so far (B, Hkv, S, D)."""
+        i, n, T = self.layer, self.length, k.size(2)
+        if self.kv[i] is None:
+            B, H, _, D = k.shape
+            self.kv[i] = k.new_empty(2, B, H, self.size, D)
+        self.kv[i][0, :, :, n:n + T] = k
+        self.kv[i][1, :, :, n:n + T] = v
+        self.layer = (i + 1) % self.n_layer
+        if self.layer == 0:
+            self.length += T
+        return self.kv[i][0, :, :, :n + T], self.kv[i][1, :, :, :n + T]
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.checkpoint = False     # True: keep one activation a layer in training, redo the rest
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        if c.rope is None:
+            self.wpe = nn.Embedding(c.context, c.n_embd)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.norm = make_norm(c)
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.tied:
+            self.head.weight = self.wte.weight
+        for name, p in self.named_parameters():     # GPT-2's initialization
+            if p.dim() == 2:
+                deep = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if deep else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def stream(self, idx, edit=None, cache=None):
+        """The final residual stream (B, T, C), normed, of token ids idx (B, T)."""
+        T, past = idx.size(1), cache.length if cache else 0
+        slot = torch.arange(past, past + T, device=idx.device)                  # (T,)
+        hidden = torch.arange(past + T, device=idx.device) > slot[:, None]      # (T, S): the future
+        pos = slot[None]                                                        # (1, T)
+        if cache is not None:
+            pos = (slot - cache.pad[:, None]).clamp(min=0)                      # (B, T)
+            before = torch.arange(past + T, device=idx.device) < cache.pad[:, None, None]
+            # a padding query sees itself, lest its softmax have nothing to sum over
+            hidden = (hidden | before & (slot[:, None] >= cache.pad[:, None, None]))[:, None]
+        bias = torch.zeros(hidden.shape, device=idx.device).masked_fill(hidden, -math.inf)
+        angles = rotary(self.config, pos, past + T) if self.config.rope else None
+        x = self.wte(idx)                                                       # (B, T, C)
+        if angles is None:
+            x = x + self.wpe(pos)
+        if torch.is_autocast_enabled(idx.device.type):      # half the memory traffic
+            x = x.to(torch.get_autocast_dtype(idx.device.type))
+        for layer, block in enumerate(self.blocks, start=1):
+            if self.checkpoint and self.training and cache is None:
+                x = checkpoint(block, x, bias, angles, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, bias, angles, cache)
+            if edit is not None:
+                x = edit(layer, x, pos)
+        return self.norm(x)
+
+    def forward(self, idx, edit=None, cache=None):
+        """Logits (B, T, V) of token ids idx (B, T).
+
+        edit(layer, x, pos) -> x is called after block `layer` (1 ... n_layer) with the residual
+        stream x (B, T, C) and the absolute positions pos (B, T) or (1, T). With a Cache, idx
+        continues the positions that the cache already holds.
+        """
+        return self.head(self.stream(idx, edit, cache))
+
+    @torch.no_grad()
+    def generate(self, prompts, n, edit=None, temperature=0.8, top_k=None, generator=None,
+                 stop=None):
+        """Continue each prompt (a list of token ids; lengths may differ) by up to n tokens.
+
+        Returns a list of lists of new ids; a row ends before its first `stop` token. temperature 0
+        takes the most likely token. edit sees absolute positions, which are a row's own: its first
+        token is at 0 whatever the others' lengths. ValueError: a prompt that is empty or longer
+        than the context.
+        """
+        device, longest = self.wte.weight.device, max(map(len, prompts))
+        if min(map(len, prompts)) == 0 or longest > self.config.context:
+            raise ValueError(f"a prompt has {longest if all(prompts) else 0} tokens; "
+                             f"this model takes 1 to {self.config.context}")
+        n = min(n, self.config.context - longest + 1)
+        pad = torch.tensor([longest - len(p) for p in prompts], device=device)
+        idx = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        first, new = idx, []
+        cache = Cache(self.config.n_layer, longest + n, pad)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        for _ in range(n):
+            if cache.length == (self.config.rope or {}).get("switch"):
+                # LongRoPE turns every key differently from here on: read all from the start again
+                cache, idx = Cache(self.config.n_layer, longest + n, pad), torch.cat([first, *new], 1)
+            x = self.stream(idx, edit, cache)[:, -1]                            # (B, C)
+            idx = sample(self.head(x).float(), temperature, top_k, generator)   # (B, 1)
+            new.append(idx)
+            if stop is not None:
+                ended |= idx[:, 0] == stop
+                if ended.all():
+                    break
+        rows = torch.cat(new, dim=1).tolist()
+        return [row[:row.index(stop)] if stop in row else row for row in rows]
+
+    @classmethod
+    def from_pretrained(cls, folder, context=None):
+        """The model in a Hugging Face folder (config.json and weights), in float32 on the CPU.
+
+        `context` caps the number of positions. Raises FileNotFoundError for a file that is not
+        there, ValueError with one line for a model that this class cannot run or weights that do
+        not fit it, ImportError for a .safetensors file without the package safetensors.
+        """
+        c = config_of(read_json(Path(folder) / "config.json"), context)
+        theirs, state, wrong = read_weights(Path(folder), c.source["model_type"]), {}, []
+        with torch.device("meta"):      # shapes only: no memory, no random numbers
+            model = cls(c)
+        for name, p in model.named_parameters():
+            parts = []
+            for key, shape, flip in pieces(c, name, p.shape):
+                w = theirs.pop(key, None)
+                if w is None:
+                    wrong.append(f"{key} is missing")
+                    continue
+                w = w[:c.context] if name == "wpe.weight" and context else w
+                if w.shape != shape:
+                    wrong.append(f"{key} is {tuple(w.shape)} and should be {tuple(shape)}")
+                parts.append(w.T if flip else w)
+            if not wrong:
+                state[name] = torch.cat(parts).float()  # a copy: the file may be written over
+        head = theirs.pop("lm_head.weight", None)       # here only if it is tied
+        if head is not None and not wrong and not torch.equal(head.float(), state["wte.weight"]):
+            wrong.append("lm_head.weight is not the embedding that config.json ties it to")
+        wrong += [f"{key} is unexpected" for key in theirs]
+        if wrong:
+            more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+            raise ValueError(f"the weights in {folder} do not fit: {'; '.join(wrong[:6])}{more}")
+        model.load_state_dict(state, assign=True, strict=False)     # strict would want a tied head
+        if c.tied:
+            model.head.weight = model.wte.weight
+        return model
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors: transformers loads them, to the same logits.
+
+        A model that was loaded keeps its config.json. One of ours becomes a "gpt2" or, if its
+        positions are rotary, a "llama"; biases that those have and it has not are zeros. Raises
+        ValueError for a Config that neither can express.
+        """
+        save_file = safetensors().save_file
+        d = dict(self.config.source or their_config(self.config))
+        d.pop("dtype", None)                            # transformers 5's word for torch_dtype
+        dtype = self.wte.weight.dtype
+        d["torch_dtype"] = str(dtype).removeprefix("torch.")
+        if "n_positions" in d:
+            d["n_positions"] = self.config.context
+        full = config_of(d, self.config.context)
+        for key, value in vars(self.config).items():
+            lacks_bias = key.endswith("bias") and not value
+            if value != getattr(full, key) and key != "source" and not lacks_bias:
+                raise ValueError(f"a folder of type {d['model_type']} cannot say {key} = {value!r}")
+        ours, theirs = dict(self.named_parameters()), {}
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in GPT(full).named_parameters()}
+        for name, shape in shapes.items():
+            w = ours[name].detach().cpu() if name in ours else torch.zeros(shape, dtype=dtype)
+            there = list(pieces(full, name, shape))
+            rows = [size[-1] if flip else size[0] for _, size, flip in there]
+            for (key, _, flip), part in zip(there, w.split(rows)):
+                theirs[key] = (part.T if flip else part).clone(memory_format=torch.contiguous_format)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(theirs, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        (Path(folder) / "config.json").write_text(json.dumps(d, indent=2) + "\n", "utf-8")
+
+
+def sample(logits, temperature, top_k, generator):
+    """One token id a row (B, 1), drawn from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    total = logits.softmax(-1).cumsum(-1)       # one random number a row: far cheaper than one a token
+    u = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    return torch.searchsorted(total, u * total[:, -1:], right=True).clamp(max=logits.size(-1) - 1)
+
+# ------------------------------------------------------------- checkpoints of the Hugging Face kind
+
+# What our modules are called there. Where ours is one and theirs are several, theirs are its rows.
+NAMES = {
+    "gpt2": {
+        "wte": "transformer.wte", "wpe": "transformer.wpe", "norm": "transformer.ln_f",
+        "head": "lm_head", "blocks": "transformer.h", "norm1": "ln_1", "norm2": "ln_2",
+        "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj",
+        "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
+    "llama": {
+        "wte": "model.embed_tokens", "norm": "model.norm",
+        "head": "lm_head", "blocks": "model.layers",
+        "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+        "attn.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "attn.out": "self_attn.o_proj",
+        "mlp.up": "mlp.gate_proj mlp.up_proj", "mlp.down": "mlp.down_proj"}}
+NAMES["qwen2"] = NAMES["llama"]
+NAMES["phi3"] = NAMES["llama"] | {"attn.qkv": "self_attn.qkv_proj", "mlp.up": "mlp.gate_up_proj"}
+
+# Settings that change the computation, with the one value of each that is written in this file.
+ONLY = {"hidden_act": "silu", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False, "use_sliding_window": False, "lm_head_bias": False,
+        "use_qk_norm": False, "qk_layernorm": False, "num_experts": None, "num_local_experts": None,
+        "quantization_config": None}
+
+
+def pieces(c, name, shape):
+    """The parts of our parameter `name` in a checkpoint, each (its name, its shape, transposed)."""
+    names, layer = NAMES[c.source["model_type"]], ""
+    module, kind = name.rsplit(".", 1)                  # kind is "weight" or "bias"
+    if module.startswith("blocks."):
+        _, number, module = module.split(".", 2)
+        layer = f"{names['blocks']}.{number}."
+    theirs = names[module].split()
+    rows = [shape[0] // len(theirs)] * len(theirs)
+    if len(theirs) == 3:
+        rows = [heads * c.head_dim for heads in (c.n_head, c.n_kv_head, c.n_kv_head)]
+    # nn.Linear keeps a matrix as (out, in), GPT-2 as (in, out)
+    flip = "wpe" in names and layer != "" and len(shape) == 2
+    for their, n in zip(theirs, rows):
+        size = (n, *shape[1:])
+        yield f"{layer}{their}.{kind}", size[::-1] if flip else size, flip
+
+
+def config_of(d, context=None):
+    """Our Config for d, the contents of a config.json, with at most `context` positions."""
+    kind = d.get("model_type")
+    if kind not in NAMES:
+        raise ValueError(f"model_type {kind!r} is not one of those known here: {', '.join(NAMES)}")
+    for key, value in ONLY.items():
+        if d.get(key, value) != value:
+            raise ValueError(f"{key} = {d[key]!r} is not written here, only {value!r}")
+    if set(d.get("layer_types") or []) > {"full_attention"}:
+        raise ValueError("layer_types has other than 'full_attention', which alone is written here")
+    try:
+        c = gpt2_config(d) if kind == "gpt2" else llama_config(d)
+    except KeyError as error:
+        raise ValueError(f"config.json lacks {error}") from None
+    c.context = min(c.context, context or c.context)
+    window = d.get("sliding_window") if kind == "phi3" else None
+    if window and window < c.context:
+        warnings.warn(f"this model's attention reaches back {window} positions, ours to the "
+                      f"start: the context is capped at {window}, where the two are the same")
+        c.context = window
+    return c
+
+
+def gpt2_config(d):
+    mlps = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu2": "relu2"}
+    act = d.get("activation_function", "gelu_new")
+    if act not in mlps:
+        raise ValueError(f"activation_function {act!r} is not one of {', '.join(mlps)}")
+    return Config(d["vocab_size"], d["n_positions"], d["n_layer"], d["n_head"], d["n_embd"],
+                  n_hidden=d.get("n_inner"), mlp=mlps[act], bias=True, qkv_bias=True, source=d,
+                  norm_eps=d.get("layer_norm_epsilon", 1e-5), tied=d.get("tie_word_embeddings", True))
+
+
+def llama_config(d):
+    kind, biased = d["model_type"], d["model_type"] == "llama" and d.get("attention_bias", False)
+    c = Config(d["vocab_size"], d["max_position_embeddings"], d["num_hidden_layers"],
+               d["num_attention_heads"], d["hidden_size"], d.get("num_key_value_heads"),
+               d.get("head_dim"), d["intermediate_size"], mlp="swiglu", norm="rms", source=d,
+               norm_eps=d.get("rms_norm_eps", 1e-5 if kind == "phi3" else 1e-6),
+               bias=kind == "llama" and d.get("mlp_bias", False), out_bias=biased,
+               qkv_bias=biased or kind == "qwen2", tied=d.get("tie_word_embeddings", False))
+    # In the hub's folders rope_theta and more stand outside rope_scaling; transformers 5 writes
+    # all in rope_parameters.
+    r = {**d, **(d.get("rope_scaling") or d.get("rope_parameters") or {})}
+    scaling = r.get("rope_type", r.get("type", "default"))
+    c.rope = {"theta": r.get("rope_theta", 10000.0)}
+    dim = int(c.head_dim * r.get("partial_rotary_factor", 1.0))
+    if dim != c.head_dim:
+        c.rope["dim"] = dim
+    if scaling == "llama3":
+        c.rope |= {"type": "llama3", "factor": r["factor"], "low": r["low_freq_factor"],
+                   "high": r["high_freq_factor"], "original": r["original_max_position_embeddings"]}
+    elif scaling in ("longrope", "su"):
+        switch = d.get("original_max_position_embeddings") or r["original_max_position_embeddings"]
+        factor = r.get("factor") or c.context / switch
+        scale = r.get("attention_factor") or math.sqrt(1 + math.log(max(factor, 1)) / math.log(switch))
+        c.rope |= {"type": "longrope", "short": r["short_factor"], "long": r["long_factor"],
+                   "switch": switch, "attention": scale}
+        if {len(r["short_factor"]), len(r["long_factor"])} != {dim // 2}:
+            raise ValueError(f"short_factor and long_factor should have {dim // 2} numbers")
+    elif scaling != "default" or "full_attention" in r:
+        raise ValueError(f"rotary scaling {scaling!r} is not one of default, llama3, longrope, su")
+    return c
+
+
+def their_config(c):
+    """A config.json for a model of ours."""
+    d = {"vocab_size": c.vocab_size, "tie_word_embeddings": c.tied,
+         "bos_token_id": None, "eos_token_id": None}
+    if c.rope is None:
+        return d | {
+            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": c.context,
+            "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.n_hidden,
+            "layer_norm_epsilon": c.norm_eps,
+            "activation_function": "relu2" if c.mlp == "relu2" else "gelu_new"}
+    return d | {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+        "hidden_size": c.n_embd, "intermediate_size": c.n_hidden, "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.head_dim, "max_position_embeddings": c.context, "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope["theta"], "attention_bias": c.qkv_bias or c.out_bias,
+        "mlp_bias": c.bias}
+
+
+def read_json(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
+    return json.loads(path.read_text("utf-8"))
+
+
+def read_weights(folder, kind):
+    """All tensors of the folder, by name, from one file or from those that an index lists."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            files = [folder / name]
+        elif (folder / f"{name}.index.json").is_file():
+            index = read_json(folder / f"{name}.index.json")
+            files = [folder / file for file in sorted(set(index["weight_map"].values()))]
+        else:
+            continue
+        tensors = {}
+        for file in files:
+            tensors |= read_tensors(file)
+        break
+    else:
+        raise FileNotFoundError(f"there is no model.safetensors or pytorch_model.bin in {folder}")
+    prefix = NAMES[kind]["wte"].split(".")[0] + "."     # some files were saved without it
+    ignored = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")   # masks and angles
+    return {key if key.startswith((prefix, "lm_head.")) else prefix + key: w
+            for key, w in tensors.items() if not ignored.search(key)}
+
+
+def read_tensors(file):
+    if file.suffix == ".safetensors":
+        return safetensors().load_file(file)
+    try:        # weights_only: a .bin file is a pickle, and a pickle can run any program
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        raise ValueError(f"{file} holds more than tensors; it was not loaded, for it could run "
+                         "any program") from None
+
+
+def safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("for .safetensors files, pip install safetensors") from None
+    return safetensors.torch
