@@ -1,7 +1,8 @@
 """The text that the flags are taught with: labelled examples, a tokenizer, batches.
 
     load("stories")   ->  Data: lists of Example(prompt, text, concepts)
-    train_bpe(texts)  ->  a byte-level tokenizer, trained on the training split
+    train_bpe(texts)  ->  a byte-level Tokenizer, trained on the training split
+    load_tokenizer()  ->  the Tokenizer in a checkpoint's folder
     encode(examples)  ->  Rows: token ids of prompt and text, and a label of K zeros and ones
     batch(rows, step) ->  tensors idx (B, T), targets (B, T), y (B, K)
 
@@ -15,12 +16,13 @@ import heapq
 import json
 import os
 import random
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import numpy as np
 import regex  # comes with tiktoken; unlike re it knows \p{L}, "any letter"
@@ -392,7 +394,7 @@ PIECES = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1
           r"|\s{1,64}(?!\S)|\s{1,64}")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     """Byte-pair encoding (Sennrich et al. 2016) on bytes (GPT-2: Radford et al. 2019).
 
     Begin with the 256 bytes as tokens, so that nothing is ever unknown. Then, again and again,
@@ -400,7 +402,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     kept once, with its count, and an index says which pieces hold a pair: a merge touches only
     those. Of equally frequent pairs the one with the smaller ids goes first.
 
-    Returns an encoding of `vocab_size` tokens, or fewer if the texts have no more pairs. END is
+    Returns a tokenizer of `vocab_size` tokens, or fewer if the texts have no more pairs. END is
     the last id. Raises ValueError if vocab_size is under 257.
     """
     if vocab_size < 257:
@@ -408,7 +410,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     counts = Counter(piece for text in texts for piece in regex.findall(PIECES, text))
     pieces = [list(piece.encode("utf-8", "replace")) for piece in counts]
     counts = list(counts.values())
-    tokens = [bytes([byte]) for byte in range(256)]
+    tokens, merges = [bytes([byte]) for byte in range(256)], []
     ranks = {token: rank for rank, token in enumerate(tokens)}
 
     frequency, holders = Counter(), defaultdict(set)   # pair -> its count, pair -> pieces with it
@@ -429,6 +431,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
         if token not in ranks:   # "a" + "bc" may spell what "ab" + "c" did
             ranks[token] = len(tokens)
             tokens.append(token)
+            merges.append([letters(tokens[pair[0]]), letters(tokens[pair[1]])])
         fresh = set()   # the pairs that this merge brings about
         for i in holders.pop(pair):
             for old in zip(pieces[i], pieces[i][1:]):
@@ -441,8 +444,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
                     fresh.add(new)
         for new in fresh:
             heapq.heappush(heap, (-frequency[new], new))
-    return tiktoken.Encoding("flags-bpe", pat_str=PIECES, mergeable_ranks=ranks,
-                             special_tokens={END: len(tokens)})
+    vocab = {letters(token): i for i, token in enumerate(tokens)}
+    split = {"type": "Split", "pattern": {"Regex": PIECES}, "behavior": "Isolated", "invert": False}
+    return make_tokenizer(bpe_spec(vocab, merges, [split], {END: len(tokens)}), END)
 
 
 def merge(piece: list[int], pair: tuple[int, int], token: int) -> list[int]:
@@ -453,6 +457,190 @@ def merge(piece: list[int], pair: tuple[int, int], token: int) -> list[int]:
         merged.append(token if found else piece[i])
         i += 2 if found else 1
     return merged
+
+
+# ---------------------------------------------------------------- tokenizers of real checkpoints
+
+# A tokenizer.json (the format of the package `tokenizers`) writes bytes as printable letters:
+# GPT-2's alphabet, in which a space is "Ġ".
+PLAIN_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+LETTERS = {byte: chr(byte) for byte in PLAIN_BYTES} | {byte: chr(256 + i) for i, byte in enumerate(
+    byte for byte in range(256) if byte not in PLAIN_BYTES)}
+BYTES = {letter: byte for byte, letter in LETTERS.items()}
+GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def letters(token: bytes) -> str:
+    return "".join(LETTERS[byte] for byte in token)
+
+
+@dataclass
+class Tokenizer:
+    """Text to token ids and back."""
+    encode: Callable[[str], list[int]]   # special tokens in the text are taken as plain text
+    decode: Callable[[list[int]], str]   # bytes that are not UTF-8 become U+FFFD
+    begin: int      # opens a sequence: `end`, unless the folder puts a token before every text
+    end: int        # ends a sequence
+    n_vocab: int    # ids are below this (a model may have more rows than its tokenizer has ids)
+    spec: dict = field(repr=False)      # the contents of tokenizer.json: all that there is to save
+    config: dict = field(repr=False)    # the contents of tokenizer_config.json
+
+
+def make_tokenizer(spec: dict, end: str | int, config: dict | None = None) -> Tokenizer:
+    """By tiktoken where that gives the same tokens as `spec` asks for, else by `tokenizers`."""
+    added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+    vocab = spec["model"]["vocab"]
+    if not isinstance(vocab, dict):   # a list of [token, score]
+        vocab = {token: id for id, (token, _) in enumerate(vocab)}
+    ids = vocab | added
+    begin = end = ids.get(end, end)
+    if end not in ids.values():
+        raise ValueError(f"the end token {end!r} is not in the vocabulary")
+    post = spec.get("post_processor") or {}
+    for step in post.get("processors", [post]):
+        if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            begin = ids[step["single"][0]["SpecialToken"]["id"]]   # as Llama-3's
+    encode, decode = with_tiktoken(spec, vocab, added) or with_tokenizers(spec)
+    config = config or {"tokenizer_class": "PreTrainedTokenizerFast"}
+    names = {id: token for token, id in ids.items()}
+    config |= {"eos_token": names[end]} | ({"bos_token": names[begin]} if begin != end else {})
+    return Tokenizer(encode, decode, begin, end, 1 + max(names), spec, config)
+
+
+def with_tiktoken(spec: dict, vocab: dict[str, int], added: dict[str, int]):
+    """(encode, decode), or None if tiktoken's tokens might be others than `spec`'s.
+
+    A tokenizer.json lists the pairs that may be joined, first those to be joined first; ids may be
+    in any order. tiktoken joins the two neighbours whose union has the lowest rank. So the rank
+    of a token is its place in that list, and `ids` translates ranks to ids. Both give the same
+    tokens if each token has one pair that makes it, or several that stand together (Llama-3 lists
+    all), and if no other way of joining could come first: true of every vocabulary that BPE made.
+    """
+    model, normalizer, cuts = spec["model"], spec.get("normalizer"), list_cuts(spec)
+    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if (model.get("type", "BPE") != "BPE" or any(model.get(key) for key in odd) or cuts is None
+            or normalizer not in (None, {"type": "NFC"}) or not set(BYTES) <= set(vocab)):
+        return None
+    made = defaultdict(list)   # token -> the places of the pairs that make it
+    for place, pair in enumerate(model["merges"]):
+        made["".join(pair.split(" ") if isinstance(pair, str) else pair)].append(place)
+    loose = vocab.keys() - added.keys() - made.keys() - BYTES.keys()
+    if loose and model.get("ignore_merges") or any(
+            places[-1] - places[0] >= len(places) for places in made.values()):
+        return None
+    by_rank = [LETTERS[byte] for byte in range(256)] + list(made)
+    ids = [vocab[token] for token in by_rank]
+    to_bytes = lambda token: bytes(BYTES[letter] for letter in token)
+    encoding = tiktoken.Encoding(
+        "folder", pat_str=rf"{cuts[-1]}|(?:(?!{cuts[-1]})[\s\S])+", special_tokens={},
+        mergeable_ranks={to_bytes(token): rank for rank, token in enumerate(by_rank)})
+    tokens = {id: to_bytes(token) for token, id in vocab.items() if token not in added}
+    tokens |= {id: token.encode() for token, id in added.items()}
+
+    def encode(text):
+        text = unicodedata.normalize("NFC", text) if normalizer else text
+        pieces = [text]
+        for cut in cuts[:-1]:
+            pieces = [part for piece in pieces for part in regex.split(f"({cut})", piece)]
+        return [ids[rank] for piece in pieces for rank in encoding.encode_ordinary(piece)]
+
+    def decode(sequence):
+        return b"".join(tokens.get(id, b"") for id in sequence).decode("utf-8", "replace")
+
+    return encode, decode
+
+
+def list_cuts(spec: dict) -> list[str] | None:
+    """The patterns that cut a text into pieces, one after the other; None if they are unknown."""
+    cuts, pre = [], spec.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", [pre])
+    for step in steps:
+        match step:
+            case {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated"}:
+                cuts.append(cut)
+            case {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Removed", "invert": True}:
+                cuts.append(cut)
+            case {"type": "Digits", "individual_digits": alone}:
+                cuts.append(r"\p{N}" if alone else r"\p{N}+")
+            case {"type": "ByteLevel", "add_prefix_space": False} if step is steps[-1]:
+                cuts += [GPT2_PIECES] if step.get("use_regex", True) else []
+            case _:
+                return None
+    cuts = cuts or [r"[\s\S]+"]
+    groups = any(regex.compile(cut).groups for cut in cuts[:-1])   # would upset regex.split
+    return None if groups or step["type"] != "ByteLevel" else cuts
+
+
+def with_tokenizers(spec: dict):
+    """(encode, decode) by the package `tokenizers`: SentencePiece-like and other kinds."""
+    try:
+        from tokenizers import Tokenizer as Core
+    except ImportError:
+        raise ImportError("tiktoken cannot express this folder's tokenizer: "
+                          "pip install tokenizers") from None
+    core = Core.from_str(json.dumps(spec))
+    core.encode_special_tokens = True
+    # Llama-2's kind puts a space before every text: a text that brings its own loses it
+    spaced = core.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
+
+    def encode(text):
+        return core.encode(text.removeprefix(" ") if spaced else text, add_special_tokens=False).ids
+
+    return encode, lambda ids: core.decode(ids, skip_special_tokens=False)
+
+
+def bpe_spec(vocab: dict[str, int], merges: list, steps: list[dict], added: dict[str, int]) -> dict:
+    """A tokenizer.json of byte-level BPE; `steps` cut the text into pieces."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [{"id": id, "content": token, "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False, "special": True}
+                         for token, id in added.items()],
+        "pre_tokenizer": {"type": "Sequence",
+                          "pretokenizers": steps + [byte_level | {"use_regex": not steps}]},
+        "post_processor": None, "decoder": byte_level | {"use_regex": True},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "byte_fallback": False, "ignore_merges": True, "vocab": vocab, "merges": merges}}
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a model's folder: tokenizer.json, or GPT-2's vocab.json and merges.txt.
+
+    Its end is eos_token_id of config.json (the first, if there are several), or else eos_token of
+    tokenizer_config.json. Raises FileNotFoundError, ValueError or ImportError with one line.
+    """
+    folder = Path(folder)
+    files = {name: json.loads((folder / name).read_text("utf-8")) for name in
+             ("tokenizer.json", "vocab.json", "tokenizer_config.json", "config.json")
+             if (folder / name).is_file()}
+    spec, config = files.get("tokenizer.json"), files.get("tokenizer_config.json", {})
+    if spec is None and "vocab.json" in files and (folder / "merges.txt").is_file():
+        lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        vocab, made = files["vocab.json"], {"".join(pair) for pair in merges}
+        added = {token: id for token, id in vocab.items() if token not in made | BYTES.keys()}
+        spec = bpe_spec(vocab, merges, [], added)
+    if spec is None:
+        raise FileNotFoundError(f"{folder} has no tokenizer.json, nor vocab.json and merges.txt")
+    end = files.get("config.json", {}).get("eos_token_id")
+    end = end[0] if isinstance(end, list) else end
+    if end is None:
+        end = config.get("eos_token")
+        end = end["content"] if isinstance(end, dict) else end
+    if end is None:
+        raise ValueError(f"no eos_token_id in {folder / 'config.json'}: where does a text end?")
+    return make_tokenizer(spec, end, config)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path):
+    """Write tokenizer.json and tokenizer_config.json: load_tokenizer and transformers read them."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, contents in (("tokenizer.json", tokenizer.spec),
+                           ("tokenizer_config.json", tokenizer.config)):
+        text = json.dumps(contents, indent=1, ensure_ascii=False)
+        (Path(folder) / name).write_text(text + "\n", "utf-8")
 
 
 # ---------------------------------------------------------------------------- rows and batches
@@ -469,23 +657,21 @@ class Batch(NamedTuple):
     y: torch.Tensor         # (B, K) float32
 
 
-def encode(examples: Iterable[Example], encoding: tiktoken.Encoding, concepts: list[str],
+def encode(examples: Iterable[Example], tokenizer: Tokenizer, concepts: list[str],
            context: int) -> list[Row]:
     """Token ids for a model that reads at most `context` tokens.
 
     A text that is too long is cut and then has no END. Raises ValueError for a prompt that
     leaves no room for a single token of text.
     """
-    end = encoding.encode_single_token(END)
     rows = []
     for example in examples:
-        # encode_ordinary: a literal "<|end|>" in somebody's text is text, not the special token
-        prompt = [end] + encoding.encode_ordinary(example.prompt)
+        prompt = [tokenizer.begin] + tokenizer.encode(example.prompt)
         if len(prompt) > context:
             start = example.prompt[:40]
-            raise ValueError(f"the prompt {start!r}... has {len(prompt)} tokens, {END} included: "
+            raise ValueError(f"the prompt {start!r}... has {len(prompt)} tokens with its first: "
                              f"more than the context of {context}; shorten it")
-        text = encoding.encode_ordinary(" " + example.text) + [end]
+        text = tokenizer.encode(" " + example.text) + [tokenizer.end]
         label = tuple(float(concept in example.concepts) for concept in concepts)
         # the last token of the text is only predicted, never read: hence the + 1
         rows.append(Row(prompt, text[:context - len(prompt) + 1], label))

@@ -19,17 +19,20 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,37 +45,42 @@ from model import GPT, Config
 
 @dataclass
 class Size:
-    """Everything that a run's result depends on, beside its data and its seed."""
+    """Everything that a result depends on, beside the data and the seed."""
     layers: int = 4
     heads: int = 4
     width: int = 128            # C
     context: int = 128          # tokens
     vocab: int = 1024
     batch: int = 64             # sequences
-    base: int = 500             # steps of the base model
+    base: int = 400             # steps of the base model
     produce: int = 100          # steps of stage 1
-    rely: int = 500             # steps of stage 2
-    lr: float = 1e-2            # for matrices (Muon) and the rest (AdamW) alike
-    decay: float = 0.1          # weight decay of the matrices
-    finetune_lr: float = 1e-2
-    first_layer: int = 2        # k: the slice holds flags after this block and all later ones
+    rely: int = 400             # steps of stage 2
+    lr: float = 0.01            # peak rate of the base's matrices ...
+    finetune_lr: float = 0.01   # ... and of the flags model's and the control's
+    embedding: float = 10.0     # times as much for embeddings and norms
+    decay: float = 0.5          # weight decay of the matrices
+    first_layer: int = 2        # k: flags stand in the stream after this block and all later ones
     supply: float = 0.9         # p: the share of sequences whose flags are supplied in stage 2
-    weight: float = 1.0         # lambda: the flag loss's
-    no_prompt: float = 0.05     # share of training sequences that are shown without their prompt
+    weight: float = 1.0         # lambda, of the flag loss
+    no_prompt: float = 0.05     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every measured figure
     track: int = 64             # held-out prompts behind every point of a trajectory
-    every: int = 50             # steps between two points of a trajectory
+    every: int = 50             # steps from one point of a trajectory to the next
     temperature: float = 0.8
 
 
 SIZES = {
+    # seconds: for tests
     "tiny": Size(layers=2, heads=2, width=64, vocab=512, batch=16, base=20, produce=10, rely=20,
-                 first_layer=1, prompts=16, track=8, every=10),         # seconds: for tests
-    "small": Size(),                                                    # minutes on a laptop
+                 first_layer=1, prompts=16, track=8, every=10),
+    # minutes on a laptop
+    "small": Size(),
+    # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
-                   rely=1500, lr=5e-3, finetune_lr=5e-3),               # one GPU
+                   rely=1500, lr=0.005, finetune_lr=0.005),
+    # one GPU, GPT-2's shape
     "large": Size(layers=12, heads=12, width=768, context=256, vocab=8192, batch=256, base=5000,
-                  produce=500, rely=3000, lr=3e-3, finetune_lr=3e-3),   # one GPU, GPT-2's shape
+                  produce=500, rely=3000, lr=0.003, finetune_lr=0.003),
 }
 
 
@@ -81,7 +89,8 @@ def rng(*seed):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
 
-BATCHES, SUPPLY, WRITING, CHOICE = range(4)     # the purposes
+SUPPLY, WRITING = range(2)      # the purposes
+CHECKPOINT_SECONDS = 30
 
 
 # ---------------------------------------------------------------------------- the idea
@@ -166,24 +175,24 @@ def read(model, flags, prompts):
 
 # ---------------------------------------------------------------------------- training
 
-def optimizers(model, lr, decay):
-    """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for everything else.
+def optimizers(model, s, lr):
+    """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for embeddings and norms.
 
-    On this task Muon needs about a third of AdamW's steps to the same loss.
+    On the stories Muon needs less than half of AdamW's steps to the same loss, and the decay of
+    its matrices is what erodes an unused route. Embeddings want a far higher rate: the words of a
+    concept have to find together.
     """
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad]
     ids = set(map(id, matrices))
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
-    return [torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True)]
+    return [torch.optim.Muon(matrices, lr, weight_decay=s.decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr * s.embedding, weight_decay=0.0, betas=(0.9, 0.95), fused=True)]
 
 
 def schedule(step, steps):
-    """Share of the learning rate at `step`: a short warm-up, then a cosine down to nothing."""
-    warm = min(20, max(1, steps // 10))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+    """The share of the learning rate at `step`: a short warm-up, then in a line down to nothing."""
+    warm = min(20, steps // 10 + 1)
+    return min((step + 1) / warm, (steps - step) / (steps - warm + 1))
 
 
 def lm_loss(model, batch, edit=None):
@@ -203,7 +212,8 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
     """
     s, file = run.size, run.out / f"{name}.pt"
     lr = s.lr if name == "base" else s.finetune_lr
-    opts = optimizers(model, lr, s.decay)
+    opts = optimizers(model, s, lr)
+    peaks = [opt.param_groups[0]["lr"] for opt in opts]
     begin, log, seconds, tokens = 0, [], 0.0, 0
     if file.exists():
         saved = load(run, file)
@@ -231,9 +241,8 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
             last = f"{file} holds step {begin}" if file.exists() else "there is no checkpoint yet"
             raise Stop(f"{name}, step {step}: the loss is {lm.item():.3g}, its gradient {norm:.3g}; "
                        f"{last}. Lower the learning rate")
-        for opt in opts:
-            for group in opt.param_groups:
-                group["lr"] = lr * schedule(step, steps)
+        for opt, peak in zip(opts, peaks):
+            opt.param_groups[0]["lr"] = peak * schedule(step, steps)
             opt.step()
             opt.zero_grad()
         seconds, tokens, done = seconds + time.time() - started, tokens + batch.idx.numel(), step + 1
@@ -243,7 +252,7 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
                         "flag_loss": flag.item(), "train_loss": lm.item()})
             if name != "base":
                 log[-1] |= track(run, model)
-        if time.time() - saved_at > 30 or done == steps or run.signal:
+        if time.time() - saved_at > CHECKPOINT_SECONDS or done == steps or run.signal:
             checkpoint(done)
             begin, saved_at = done, time.time()
         if run.signal:
@@ -259,3 +268,724 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
                      end=done == steps)
     run.seconds[name], run.rate[name] = seconds, tokens / seconds
     return log
+
+
+@torch.no_grad()
+def held_out(run, model, rows=None):
+    """LM loss (nats a token) on held-out rows, flags free: some of them while training goes on."""
+    rows = sorted(rows or run.test[:512], key=lambda row: len(row.prompt) + len(row.text))
+    total = count = 0
+    for i in range(0, len(rows), 128):
+        batch = to(run.device, D.pad(rows[i:i + 128]))
+        n = (batch.targets >= 0).sum().item()
+        total, count = total + lm_loss(model, batch).item() * n, count + n
+    return total / count
+
+
+def to(device, batch):
+    return D.Batch(*(tensor.to(device) for tensor in batch))
+
+
+# ---------------------------------------------------------------------------- measurements
+# Each is the same three calls: prompts and flags are chosen, texts are written, a judge reads them.
+
+def write(run, model, prompts, values=None, then=None, purpose=0):
+    """Texts that the model writes behind prompts (strings), its flags free or set.
+
+    values (B, K) are the flags from the last token of the prompt on; `then` (B, K) those that
+    take their place after the first sentence (only what follows it is returned).
+    """
+    ids = [run.ids(prompt) for prompt in prompts]
+    width, segments = model.config.n_embd, []
+
+    def go():
+        edit = steer(run.flags, width, *segments) if segments else None
+        return model.generate(ids, run.size.context, edit, run.size.temperature, stop=run.tok.end,
+                              generator=rng(run.seed, WRITING, purpose, len(segments)))
+
+    def set_flags(values):
+        start = torch.tensor([len(row) - 1 for row in ids], device=run.device)
+        segments.append((start, values.to(run.device)))
+
+    if values is not None:
+        set_flags(values)
+    texts = go()
+    if then is not None:
+        ids = [row + first_sentence(run, text) for row, text in zip(ids, texts)]
+        set_flags(then)
+        texts = go()
+    return [run.tok.decode(text).strip() for text in texts]
+
+
+def first_sentence(run, ids):
+    for n in range(1, len(ids) + 1):
+        if re.search(r"[.!?]\s*$", run.tok.decode(ids[:n])):
+            return ids[:n]
+    return ids
+
+
+def hot(K, *columns):
+    """Flags (B, K): in row b those of columns[..][b] are 1."""
+    values = torch.zeros(len(columns[0]), K)
+    for column in columns:
+        values[torch.arange(len(column)), torch.tensor(column)] = 1
+    return values
+
+
+def word_judge(data):
+    """Stories: the concepts of a text's content words decide, in order and with repeats."""
+    index = {concept: i for i, concept in enumerate(data.concepts)}
+    return lambda texts: [[index[c] for c in D.content(text, data.words)] for text in texts]
+
+
+def bag_of_words_judge(data):
+    """Other data: a classifier trained on a split of its own, which no GPT here ever saw.
+
+    Logistic regression on tf-idf of word 1- and 2-grams (as in Wang and Manning 2012's baselines);
+    it names one concept a text.
+    """
+    def grams(text):
+        words = re.findall(r"\w+", text.lower())
+        return set(words) | set(zip(words, words[1:]))
+
+    seen = Counter(gram for example in data.judge for gram in grams(example.text))
+    index = {gram: i for i, gram in enumerate(g for g, n in seen.items() if n > 1)}
+    idf = torch.tensor([math.log(len(data.judge) / seen[gram]) for gram in index] + [0.0])
+
+    def bags(texts):
+        rows = [[index[gram] for gram in grams(text) if gram in index] or [len(index)]
+                for text in texts]
+        flat = torch.tensor([i for row in rows for i in row])
+        sizes = torch.tensor([len(row) for row in rows])
+        norm = torch.stack([idf[row].norm() for row in rows]).clamp(min=1e-9)
+        return flat, sizes.cumsum(0) - sizes, idf[flat] / norm.repeat_interleave(sizes)
+
+    y = torch.tensor([[float(c in example.concepts) for c in data.concepts] for example in data.judge])
+    y = y / y.sum(1, keepdim=True)
+    model = torch.nn.EmbeddingBag(len(index) + 1, len(data.concepts), mode="sum")
+    torch.nn.init.zeros_(model.weight)
+    opt = torch.optim.Adam(model.parameters(), lr=0.1)
+    flat, offsets, weights = bags([example.text for example in data.judge])
+    for _ in range(100):
+        loss = F.cross_entropy(model(flat, offsets, weights), y) + 1e-6 * (model.weight ** 2).sum()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+
+    def judge(texts):
+        with torch.no_grad():
+            flat, offsets, weights = bags(texts)
+            return model(flat, offsets, weights).argmax(1, keepdim=True).tolist()
+    return judge
+
+
+def about(found, concept):
+    """Whether a judged text is about a concept: the strict majority of what was found in it."""
+    return float(2 * found.count(concept) > len(found))
+
+
+def stat(values):
+    """Mean with a 95 % bootstrap interval over prompts."""
+    values = np.asarray(values, dtype=float)
+    if len(values) == 0:
+        return None
+    draws = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {"mean": values.mean().item(), "low": low.item(), "high": high.item(), "n": len(values)}
+
+
+def auc(scores, labels):
+    """Area under the ROC curve: how often a positive (label 1) scores above a negative."""
+    positive, negative = scores[labels > 0.5], scores[labels <= 0.5]
+    above = (positive[:, None] > negative).float() + 0.5 * (positive[:, None] == negative)
+    return above.mean().item()
+
+
+@dataclass
+class Prompts:
+    """Held-out prompts of each kind, and who they are about: a in the prompt, b in the flags."""
+    cued: list[str]
+    a: list[int]
+    b: list[int]                # never the a of the same row
+    neutral: list[str]          # say nothing of any concept
+    double: list[str]           # cue two concepts, pairs[i]
+    pairs: list[list[int]]
+
+
+def choose(run, n):
+    """n prompts of each kind (fewer if the test split has fewer), the same for every model."""
+    data, rest = run.data, random.Random(run.seed)
+    index = {concept: i for i, concept in enumerate(data.concepts)}
+    K = len(index)
+    tells = (lambda e: D.content(e.prompt, data.words)) if data.words else (lambda e: e.prompt)
+    test = list({example.prompt: example for example in data.test}.values())
+    cued = [e for e in test if tells(e) and len(e.concepts) == 1][:n]
+    double = [e for e in test if tells(e) and len(e.concepts) == 2][:n]
+    neutral = [e.prompt for e in test if not tells(e)][:n] if data.words else [""] * n
+    a = [index[e.concepts[0]] for e in cued]
+    b = [rest.choice([j for j in range(K) if j != i]) for i in a]
+    pairs = [rest.sample([index[c] for c in e.concepts], 2) for e in double]
+    return Prompts([e.prompt for e in cued], a, b, neutral, [e.prompt for e in double], pairs)
+
+
+def track(run, model):
+    """`intact`, `blank` and `conflict` of a few prompts: one point of a trajectory."""
+    p, K = run.tracked, len(run.data.concepts)
+    n = len(p.cued)
+    free = write(run, model, p.cued)
+    both = write(run, model, p.cued * 2, torch.cat([torch.zeros(n, K), hot(K, p.b)]))
+    found = run.judge(free + both)
+    share = lambda found, target: sum(map(about, found, target)) / n
+    return {"intact": share(found[:n], p.a), "blank": share(found[n:2 * n], p.a),
+            "conflict": share(found[2 * n:], p.b)}
+
+
+def reliance(run, model, supplied=False):
+    """The prompt tells A; the flags are free, blank or (the ceiling) A."""
+    p, K = run.prompts, len(run.data.concepts)
+    views = {"intact": None, "blank": torch.zeros(len(p.cued), K)}
+    if supplied:
+        views["supplied"] = hot(K, p.a)
+    return {name: stat(list(map(about, run.judge(write(run, model, p.cued, values)), p.a)))
+            for name, values in views.items()}
+
+
+def steering(run, model, base):
+    """Every row of the steering table, and the K x K matrix: flag set, concept written."""
+    p, K = run.prompts, len(run.data.concepts)
+    b = [i % K for i in range(len(p.neutral))]
+    texts = write(run, model, p.neutral, hot(K, b))
+    found = run.judge(texts)
+    matrix = torch.zeros(K, K)
+    for flag, text in zip(b, found):
+        for concept in text:
+            matrix[flag, concept] += 1
+    result = {"neutral": stat(list(map(about, found, b))),
+              "leak": stat([sum(c != flag for c in text) / len(text)
+                            for flag, text in zip(b, found) if text])}
+
+    texts = write(run, model, p.cued, hot(K, p.b))
+    found = run.judge(texts)
+    result |= {"conflict": stat(list(map(about, found, p.b))),
+               "kept": stat(list(map(about, found, p.a)))}
+    result["nll_gap"], result["distinct2"] = fluency(run, base, texts, p.b)
+
+    if p.double:
+        a, b = zip(*p.pairs)
+        found = run.judge(write(run, model, p.double, hot(K, b)))
+        result["suppress"] = stat([about(text, j) * (i not in text)
+                                   for text, i, j in zip(found, a, b)])
+    if run.data.words:      # a judge of words can tell several concepts, and what comes when
+        for size in (2, 3):
+            sets = [random.Random(run.seed + i).sample(range(K), size) for i in range(len(p.neutral))]
+            found = run.judge(write(run, model, p.neutral, hot(K, *zip(*sets))))
+            result[f"compose{size}"] = stat([set(text) == set(s) for text, s in zip(found, sets)])
+        a, b = ([(i + shift) % K for i in range(len(p.neutral))] for shift in (0, 1 + K // 3))
+        found = run.judge(write(run, model, p.neutral, hot(K, a), then=hot(K, b)))
+        result["switch"] = stat(list(map(about, found, b)))
+    names = ("neutral", "conflict", "kept", "suppress", "compose2", "compose3", "switch", "leak",
+             "nll_gap", "distinct2")
+    return {name: result.get(name) for name in names}, matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+
+
+@torch.no_grad()
+def fluency(run, base, texts, concepts):
+    """How much less likely steered texts are to the untouched base than real ones (nats a token),
+    each behind a prompt that fits it; and their distinct-2 over that of real texts."""
+    names = run.data.concepts
+    real = {i: [e for e in run.data.test if e.concepts == (names[i],)] for i in set(concepts)}
+    pairs = [(real[c][i % len(real[c])], text)
+             for i, (c, text) in enumerate(zip(concepts, texts)) if text and real[c]]
+
+    def nll(example, text):
+        example = dataclasses.replace(example, text=text)
+        row = D.encode([example], run.tok, names, base.config.context)
+        return lm_loss(base, to(run.device, D.pad(row))).item()
+
+    def distinct2(texts):
+        bigrams = [pair for text in texts for pair in zip(text.split(), text.split()[1:])]
+        return len(set(bigrams)) / max(1, len(bigrams))
+
+    gap = [nll(example, text) - nll(example, example.text) for example, text in pairs]
+    ratio = distinct2([text for _, text in pairs]) / distinct2([e.text for e, _ in pairs])
+    return stat(gap), {"mean": ratio, "low": None, "high": None, "n": len(pairs)}
+
+
+def reading(run, model):
+    """The model's own flags at the last token of held-out prompts, against the labels."""
+    tells = [e for e in run.data.test if e.prompt and
+             (not run.data.words or D.content(e.prompt, run.data.words))][:4 * run.size.prompts]
+    own = read(model, run.flags, [run.ids(e.prompt) for e in tells]).cpu()
+    y = torch.tensor([[float(c in e.concepts) for c in run.data.concepts] for e in tells])
+    each = [auc(own[:, i], y[:, i]) for i in range(y.size(1)) if 0 < y[:, i].sum() < len(y)]
+    return {"auc": stat(each), "exact": stat(((own > 0.5) == (y > 0.5)).all(1).tolist())}
+
+
+# ---------------------------------------------------------------------------- a run
+
+class Stop(Exception):
+    """One line for the user and the exit status."""
+    def __init__(self, line, status=2):
+        super().__init__(line)
+        self.status = status
+
+
+@dataclass
+class Run:
+    """What all of the above share: settings, data, where the flags are, where results go."""
+    size: Size
+    data: D.Data
+    tok: D.Tokenizer
+    seed: int
+    device: torch.device
+    out: Path
+    flags: Flags
+    settings: dict              # all that a checkpoint must agree with
+    train: list                 # rows of token ids
+    test: list
+    judge: object = None        # texts -> for each the list of concepts found in it
+    accuracy: float = None      # the judge's, on real held-out texts
+    prompts: Prompts = None
+    tracked: Prompts = None
+    signal: int = 0             # set by Ctrl-C or SIGTERM: stop after this step
+    later: dict = field(default_factory=dict)       # steps that come after each training
+    seconds: dict = field(default_factory=dict)
+    rate: dict = field(default_factory=dict)        # tokens a second
+
+    def ids(self, prompt):
+        return [self.tok.begin] + self.tok.encode(prompt)
+
+
+def find_device():
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def keep_memory():
+    """Let malloc keep what it frees. glibc gives large blocks back to the kernel and asks for them
+    again at every step, and each page is zeroed anew: a quarter of a CPU training step."""
+    with contextlib.suppress(OSError, AttributeError):      # no glibc: nothing to mend
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)                 # M_MMAP_MAX: no block of its own mapping
+        libc.mallopt(-1, 1 << 30)           # M_TRIM_THRESHOLD: keep up to 1 GB
+
+
+def save(path, content):
+    """Write a checkpoint so that at every moment either the old one or the new one is whole."""
+    beside = path.with_suffix(".tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise Stop(f"{path} can't be written: {error.strerror}; what stood there before is whole")
+
+
+def read_checkpoint(path, device):
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:      # whatever a broken file makes of the unpickler
+        raise Stop(f"{path} is no whole checkpoint of this program "
+                   f"({type(error).__name__}); --fresh starts over")
+
+
+def load(run, path):
+    saved = read_checkpoint(path, run.device)
+    differ = [f"{key} was {saved['settings'].get(key)!r} and is now {value!r}"
+              for key, value in run.settings.items() if saved["settings"].get(key) != value]
+    if differ:
+        raise Stop(f"{path} was made with other settings: {'; '.join(differ)}. "
+                   "--fresh starts over, --out DIR goes elsewhere")
+    return saved
+
+
+@contextlib.contextmanager
+def locked(run, fresh=False):
+    """A run's folder, its own alone; and Ctrl-C and SIGTERM taken as: stop after this step."""
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        lock = open(run.out / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Stop(f"another run is writing to {run.out}; wait for it, or use --out DIR")
+    except OSError as error:
+        raise Stop(f"can't write to {run.out}: {error.strerror}; use --out DIR")
+    if fresh:
+        for name in ("base", "flags", "control"):
+            (run.out / f"{name}.pt").unlink(missing_ok=True)
+    before = {sig: signal.signal(sig, lambda number, frame: setattr(run, "signal", number))
+              for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+        lock.close()
+
+
+def progress(line, end=True):
+    """A line that is overwritten in a terminal, and printed only when it is final elsewhere."""
+    if sys.stdout.isatty():
+        print("\r" + line.ljust(shutil.get_terminal_size().columns - 1), end="\n" if end else "", flush=True)
+    elif end:
+        print(line, flush=True)
+
+
+def prepare(args):
+    """Everything that the command line settles: data, tokenizer, held-out prompts, judge."""
+    s = SIZES.get(f"{args.size}-{args.data}", SIZES[args.size])
+    try:
+        data = D.load(args.data, args.flags, args.seed)
+        tok = D.train_bpe((f"{e.prompt} {e.text}" for e in data.train), s.vocab)
+        train, test = (D.encode(examples, tok, data.concepts, s.context)
+                       for examples in (data.train, data.test))
+    except (ValueError, OSError) as error:
+        raise Stop(str(error))
+    K = len(data.concepts)
+    name = args.size if args.data == "stories" else f"{args.size}-{data.name}"
+    settings = dataclasses.asdict(s) | {
+        "size": args.size, "data": data.name, "seed": args.seed, "flags": K,
+        "examples": zlib.crc32(repr((data.train, data.test)).encode())}
+    run = Run(s, data, tok, args.seed, find_device(), Path(args.out or f"out/{name}"),
+              Flags(s.first_layer, list(range(s.width - K, s.width))), settings, train, test)
+    run.prompts, run.tracked = choose(run, s.prompts), choose(run, s.track)
+    run.judge = word_judge(data) if data.words else bag_of_words_judge(data)
+    found = run.judge([e.text for e in data.test])
+    names = [{data.concepts[i] for i in concepts} for concepts in found]
+    run.accuracy = stat([bool(seen) and seen <= set(e.concepts)
+                         for seen, e in zip(names, data.test)])
+    return run
+
+
+def new_model(run):
+    s = run.size
+    torch.manual_seed(run.seed)
+    vocab = -(-run.tok.n_vocab // 64) * 64      # a multiple of 64 is faster
+    return GPT(Config(vocab_size=vocab, context=s.context, n_layer=s.layers, n_head=s.heads,
+                      n_embd=s.width)).to(run.device)
+
+
+def copy_of(run, model):
+    twin = new_model(run)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def supply_schedule(s):
+    """p for each step: nothing in stage 1, then the share `supply`."""
+    return lambda step: 0.0 if step < s.produce else s.supply
+
+
+def main_job(run):
+    """Base, flags, control; then everything that is measured, drawn and written."""
+    s, started = run.size, time.time()
+    steps = s.produce + s.rely
+    run.later = {"base": 2 * steps, "flags": steps, "control": 0}
+    base = new_model(run)
+    print(f"{sum(p.numel() for p in base.parameters()):,} parameters on {run.device}, "
+          f"{len(run.data.train):,} training examples of {run.data.name}, results in {run.out}")
+    logs = {"base": fit(run, "base", base, s.base)}
+    flags, control = copy_of(run, base), copy_of(run, base)
+    arm = install(run.flags, supply_schedule(s), run.seed, s.width)
+    logs["flags"] = fit(run, "flags", flags, steps, arm, lambda step: 1 if step < s.produce else 2)
+    logs["control"] = fit(run, "control", control, steps)
+
+    measuring = time.time()
+    steer_table, matrix = steering(run, flags, base)
+    results = {
+        "size": run.settings["size"], "data": run.data.name, "seed": run.seed, "device": str(run.device),
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit(),
+        "parameters": sum(p.numel() for p in base.parameters()),
+        "seconds": {}, "tokens_per_second": run.rate,
+        "loss": {"base": held_out(run, base, run.test), "control": held_out(run, control, run.test),
+                 "flags": held_out(run, flags, run.test)},
+        "read": reading(run, flags),
+        "steer": steer_table,
+        "reliance": {"base": reliance(run, base), "control": reliance(run, control),
+                     "flags": reliance(run, flags, supplied=True)},
+        "judge": {"kind": "content words" if run.data.words else "bag of words",
+                  "accuracy": run.accuracy},
+        "trajectory": [{key: point[key] for key in TRAJECTORY} for point in logs["flags"]],
+        "control_trajectory": [{key: point[key] for key in TRAJECTORY} for point in logs["control"]],
+        "samples": samples(run, flags),
+    }
+    pictures = draw(run, logs, matrix, flags)
+    now = time.time()
+    results["seconds"] = {**run.seconds, "measure": now - measuring, "total": now - started}
+    write_file(run.out / "results.json", json.dumps(results, indent=1))
+    lines = [json.dumps({"model": name} | point) for name, log in logs.items() for point in log]
+    write_file(run.out / "log.jsonl", "\n".join(lines) + "\n")
+    D.save_tokenizer(run.tok, run.out)
+    report(run, results, pictures)
+
+
+TRAJECTORY = ("step", "stage", "lm_loss", "flag_loss", "intact", "blank", "conflict")
+
+
+def write_file(path, text):
+    beside = path.with_suffix(".tmp")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def commit():
+    """The version of this program, if it runs from a git checkout."""
+    out = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent)
+    return out.stdout.strip() or None
+
+
+def samples(run, model, count=4):
+    """The same prompts with flags free, set and blanked: the first held-out ones."""
+    p, K, names = run.prompts, len(run.data.concepts), run.data.concepts
+    prompts, result = p.cued[:count], []
+    views = {"free": None, "blank": torch.zeros(len(prompts), K), "set": hot(K, p.b[:count])}
+    for view, values in views.items():
+        for prompt, b, text in zip(prompts, p.b, write(run, model, prompts, values)):
+            shown = [names[b]] if view == "set" else view
+            result.append({"prompt": prompt, "flags": shown, "text": text})
+    return sorted(result, key=lambda sample: prompts.index(sample["prompt"]))
+
+
+def report(run, results, pictures):
+    """The short table in the terminal, and the paths of everything that was written."""
+    def cell(stat):
+        return (f"{stat['mean']:6.3f}  " + (f"[{stat['low']:.3f}, {stat['high']:.3f}]  n = {stat['n']}"
+                                            if stat["low"] is not None else ""))
+    rows = [(f"{name} {view}", stat) for name, views in results["reliance"].items()
+            for view, stat in views.items()]
+    rows += [*results["steer"].items(), *results["read"].items(), ("judge", results["judge"]["accuracy"])]
+    print("\nmeasured on held-out prompts (mean, 95 % interval)")
+    for name, stat in rows:
+        if stat:
+            print(f"  {name:18s}{cell(stat)}")
+    print("  LM loss, nats     " + "  ".join(f"{k} {v:.4f}" for k, v in results["loss"].items()))
+    for sample in results["samples"][:3]:
+        flags = sample["flags"] if isinstance(sample["flags"], str) else "+".join(sample["flags"])
+        print(f"\n  {sample['prompt']}  [flags: {flags}]\n    {sample['text']}")
+    print(f"\n{results['seconds']['total']:.0f} s. Wrote "
+          + ", ".join(str(path) for path in [run.out / "results.json", run.out / "log.jsonl",
+                                              run.out / "flags.pt", *pictures]))
+
+
+# ---------------------------------------------------------------------------- pictures
+
+def figure(*args, **kwargs):
+    import matplotlib       # takes half a second, and only pictures need it
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplots(*args, layout="constrained", **kwargs)
+
+
+def draw(run, logs, matrix, model):
+    """Three pictures in run.out: the erosion trajectory, the steering matrix, the flags of texts."""
+    names, paths = run.data.concepts, []
+
+    def keep(fig, name):
+        paths.append(run.out / name)
+        fig.savefig(paths[-1], dpi=120)
+
+    fig, (left, right) = figure(1, 2, figsize=(11, 4))
+    offset = logs["base"][-1]["step"]
+    for name, log in logs.items():
+        x = [point["step"] + (0 if name == "base" else offset) for point in log]
+        left.plot(x, [point["lm_loss"] for point in log], label=f"LM loss, {name}")
+    x = [point["step"] for point in logs["flags"]]
+    left.plot([offset + step for step in x], [point["flag_loss"] for point in logs["flags"]],
+              label="flag loss")
+    left.set(xlabel="step", ylabel="nats; squared error", yscale="log", title="losses")
+    for key, color in (("conflict", "C0"), ("intact", "C2"), ("blank", "C3")):
+        for name, style in (("flags", "-"), ("control", ":")):
+            right.plot(x, [point[key] for point in logs[name]], color + style, label=f"{key}, {name}")
+    right.axvline(run.size.produce, color="grey", lw=0.8)
+    right.text(run.size.produce, 1.02, " stage 2", color="grey", fontsize=8)
+    right.axhline(1 / len(names), color="grey", lw=0.8, ls="--")
+    right.set(xlabel="step of finetuning", ylabel="share of texts", ylim=(-0.02, 1.08),
+              title="what the text follows: flags (conflict) or prompt (intact, blank)")
+    left.legend(fontsize=8), right.legend(fontsize=8)
+    keep(fig, "erosion.png")
+
+    fig, axes = figure(figsize=(6.5, 5.5))
+    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
+    axes.set(xticks=range(len(names)), yticks=range(len(names)), ylabel="flag that is set",
+             xlabel="concept of the words that are written", title="one flag, neutral prompt")
+    axes.set_xticklabels(names, rotation=90), axes.set_yticklabels(names)
+    fig.colorbar(image, label="share of concept words")
+    keep(fig, "matrix.png")
+
+    rows = run.test[:3]
+    fig, axes = figure(len(rows), 1, figsize=(14, 4.2 * len(rows)))
+    for ax, row in zip(axes, rows):
+        ids = (row.prompt + row.text)[:-1]
+        tokens = [run.tok.decode([i]) for i in ids[1:]]
+        ax.imshow(flags_of(model, run.flags, ids)[1:].T, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        ax.axvline(len(row.prompt) - 2.5, color="C3", lw=1)
+        ax.set(yticks=range(len(names)), xticks=range(len(tokens)))
+        ax.set_yticklabels(names, fontsize=8), ax.set_xticklabels(tokens, rotation=90, fontsize=8)
+    axes[0].set_title("the model's own flags, token by token (red: the text begins)")
+    keep(fig, "tokens.png")
+    return paths
+
+
+@torch.no_grad()
+def flags_of(model, flags, ids):
+    """The model's own flags (T, K) at every position of one sequence, after block k."""
+    seen = []
+
+    def edit(layer, x, pos):
+        if layer == flags.layer:
+            seen.append(x[0][:, flags.dims])
+        return x
+    model.stream(torch.tensor([ids], device=model.wte.weight.device), edit)
+    return seen[0].float().cpu()
+
+
+# ---------------------------------------------------------------------------- steering by hand
+
+def take_up(args):
+    """A finished run's model, tokenizer, concepts and flags, from its folder."""
+    out = Path(args.out or ("out/" + args.size + ("" if args.data == "stories"
+                                                  else f"-{Path(args.data).stem}")))
+    command = f"python flags.py --size {args.size}" + (
+        "" if args.data == "stories" else f" --data {args.data}")
+    if not (out / "results.json").exists():
+        raise Stop(f"{out} holds no finished run; make one with `{command}`")
+    saved = read_checkpoint(out / "flags.pt", torch.device("cpu"))
+    model = GPT(Config(**saved["config"]))
+    model.load_state_dict(saved["model"])
+    return model.eval(), D.load_tokenizer(out), saved["concepts"], Flags(**saved["flags"])
+
+
+def steer_by_hand(args):
+    """One prompt under several flags; without a prompt or flags, an interactive loop."""
+    model, tok, names, flags = take_up(args)
+    for name in args.on + args.off:
+        if name not in names:
+            raise Stop(f"there is no flag {name!r}; this model has {', '.join(names)}")
+    if both := set(args.on) & set(args.off):
+        raise Stop(f"{', '.join(both)} can't be both on and off")
+    if args.steer or args.on or args.off:
+        show(model, tok, names, flags, args.steer, set(args.on), set(args.off), args.seed)
+        return
+    print("Type a prompt to see its story. +sea and -sea switch flags, `free` lets the model raise\n"
+          f"its own, `quit` ends. Flags: {', '.join(names)}")
+    on, off, prompt, seed = set(), set(), "", args.seed
+    while (line := ask()) not in ("quit", "exit"):
+        switches = [word for word in line.split() if word[0] in "+-"]
+        if line == "free":
+            on, off = set(), set()
+        elif switches and len(switches) == len(line.split()):
+            unknown = [word for word in switches if word[1:] not in names]
+            if unknown:
+                print(f"there is no flag {unknown[0][1:]!r}")
+                continue
+            for word in switches:
+                on, off = on - {word[1:]}, off - {word[1:]}
+                (on if word[0] == "+" else off).add(word[1:])
+        else:
+            prompt = line
+        seed += 1
+        try:
+            show(model, tok, names, flags, prompt, on, off, seed, count=1)
+        except Stop as error:
+            print(error)
+
+
+def ask():
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return "quit"
+
+
+def show(model, tok, names, flags, prompt, on, off, seed, count=3):
+    """The model's own flags for a prompt; what it writes with them free, and with some switched.
+
+    Flags that are neither on nor off stay as the model itself raises them for this prompt.
+    """
+    ids = [tok.begin] + tok.encode(prompt)
+    room = model.config.context
+    if len(ids) > room:
+        raise Stop(f"the prompt has {len(ids)} tokens, the model's context is {room}; shorten it")
+    own = read(model, flags, [ids])[0]
+    values = (own > 0.5).float()
+    for name in on | off:
+        values[names.index(name)] = float(name in on)
+    print(f"\nprompt: {prompt or '(none)'}")
+    print("the model's own flags: " + "  ".join(
+        paint(f"{name} {value:.2f}", value > 0.5) for name, value in zip(names, own)
+        if abs(value) > 0.1) )
+    views = {"flags free": None}
+    if on or off:
+        set_to = [name for name, value in zip(names, values) if value]
+        views[f"flags set: {', '.join(set_to) or 'none'}"] = values
+    for title, values in views.items():
+        edit = None
+        if values is not None:
+            start = torch.full((count,), len(ids) - 1)
+            edit = steer(flags, model.config.n_embd, (start, values.expand(count, -1)))
+        print(paint(title, True))
+        for text in model.generate([ids] * count, room, edit, stop=tok.end, generator=rng(seed)):
+            print("  " + tok.decode(text).strip())
+
+
+def paint(text, lit):
+    """Coloured in a terminal, plain elsewhere and where NO_COLOR is set (no-color.org)."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return f"\033[{'1;36' if lit else '2'}m{text}\033[0m"
+
+
+# ---------------------------------------------------------------------------- the command line
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--size", choices=SIZES, default="small", help="tiny: seconds, to try things; "
+                   "small: minutes on a laptop; medium, large: one GPU (default: small)")
+    p.add_argument("--data", default="stories", metavar="DATA", help="stories (built in), wordnet "
+                   "(Debian's wordnet-base or NLTK's), or a .jsonl file with lines of "
+                   '{"prompt": ..., "text": ..., "concepts": [...]} (default: stories)')
+    p.add_argument("--seed", type=natural, default=1337, help="all randomness comes from it")
+    p.add_argument("--flags", type=natural, default=16, metavar="N", help="the most concepts that a "
+                   ".jsonl file may have (default: 16)")
+    p.add_argument("--out", metavar="DIR", help="where results go (default: out/SIZE or out/SIZE-DATA)")
+    p.add_argument("--fresh", action="store_true", help="start over; without it a run that was "
+                   "stopped goes on where it was")
+    p.add_argument("--steer", nargs="?", const="", metavar="PROMPT", help="write with a finished run's "
+                   "model, its flags free and set; without PROMPT and flags: an interactive loop")
+    p.add_argument("--on", nargs="+", default=[], metavar="FLAG", help="with --steer: set to 1")
+    p.add_argument("--off", nargs="+", default=[], metavar="FLAG", help="with --steer: set to 0")
+    return p
+
+
+def natural(text):
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    keep_memory()
+    try:
+        if args.steer is None and (args.on or args.off):
+            raise Stop("--on and --off go with --steer")
+        if args.steer is not None:
+            steer_by_hand(args)
+        else:
+            run = prepare(args)
+            with locked(run, args.fresh):
+                main_job(run)
+    except Stop as stop:
+        print(f"flags.py: {stop}", file=sys.stderr)
+        return stop.status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

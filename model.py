@@ -216,7 +216,7 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         for layer, block in enumerate(self.blocks, start=1):
             if self.checkpoint and self.training and cache is None:
-                x = checkpoint(block, x, bias, angles, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, bias, angles, use_reentrant=False)
             else:
                 x = block(x, bias, angles, cache)
             if edit is not None:
@@ -249,13 +249,13 @@ class GPT(nn.Module):
         n = min(n, self.config.context - longest + 1)
         pad = torch.tensor([longest - len(p) for p in prompts], device=device)
         idx = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-        first, new = idx, []
-        cache = Cache(self.config.n_layer, longest + n, pad)
+        cache, first, new = Cache(self.config.n_layer, longest + n, pad), idx, []
+        switch = (self.config.rope or {}).get("switch")     # LongRoPE: a length, see `rotary`
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         for _ in range(n):
-            if cache.length == (self.config.rope or {}).get("switch"):
-                # LongRoPE turns every key differently from here on: read all from the start again
-                cache, idx = Cache(self.config.n_layer, longest + n, pad), torch.cat([first, *new], 1)
+            if cache.length == switch:  # all keys turn otherwise from here on: read them again
+                cache = Cache(self.config.n_layer, longest + n, pad)
+                idx = torch.cat([first, *new], dim=1)
             x = self.stream(idx, edit, cache)[:, -1]                            # (B, C)
             idx = sample(self.head(x).float(), temperature, top_k, generator)   # (B, 1)
             new.append(idx)
@@ -267,6 +267,7 @@ class GPT(nn.Module):
         return [row[:row.index(stop)] if stop in row else row for row in rows]
 
     @classmethod
+    @torch.no_grad()
     def from_pretrained(cls, folder, context=None):
         """The model in a Hugging Face folder (config.json and weights), in float32 on the CPU.
 
@@ -274,35 +275,33 @@ class GPT(nn.Module):
         there, ValueError with one line for a model that this class cannot run or weights that do
         not fit it, ImportError for a .safetensors file without the package safetensors.
         """
-        c = config_of(read_json(Path(folder) / "config.json"), context)
-        theirs, state, wrong = read_weights(Path(folder), c.source["model_type"]), {}, []
-        with torch.device("meta"):      # shapes only: no memory, no random numbers
+        c = config_of(json.loads((Path(folder) / "config.json").read_text("utf-8")), context)
+        theirs, wrong = read_weights(Path(folder), c.source["model_type"]), []
+        with torch.device("meta"):      # spares the random initialization
             model = cls(c)
-        for name, p in model.named_parameters():
-            parts = []
-            for key, shape, flip in pieces(c, name, p.shape):
-                w = theirs.pop(key, None)
-                if w is None:
-                    wrong.append(f"{key} is missing")
-                    continue
-                w = w[:c.context] if name == "wpe.weight" and context else w
-                if w.shape != shape:
-                    wrong.append(f"{key} is {tuple(w.shape)} and should be {tuple(shape)}")
-                parts.append(w.T if flip else w)
-            if not wrong:
-                state[name] = torch.cat(parts).float()  # a copy: the file may be written over
-        head = theirs.pop("lm_head.weight", None)       # here only if it is tied
-        if head is not None and not wrong and not torch.equal(head.float(), state["wte.weight"]):
+        model.to_empty(device="cpu")
+        if c.tied:
+            model.head.weight = model.wte.weight
+        for key, view in views(model, c.source["model_type"]):
+            w = theirs.pop(key, None)
+            if w is not None and context and key.endswith(".wpe.weight"):
+                w = w[:c.context]
+            if w is None:
+                wrong.append(f"{key} is missing")
+            elif w.shape != view.shape:
+                wrong.append(f"{key} is {tuple(w.shape)} and should be {tuple(view.shape)}")
+            else:
+                view.copy_(w)
+        head = theirs.pop("lm_head.weight", None)       # still here only if it is tied
+        if head is not None and not wrong and not torch.equal(head.float(), model.head.weight):
             wrong.append("lm_head.weight is not the embedding that config.json ties it to")
         wrong += [f"{key} is unexpected" for key in theirs]
         if wrong:
             more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
             raise ValueError(f"the weights in {folder} do not fit: {'; '.join(wrong[:6])}{more}")
-        model.load_state_dict(state, assign=True, strict=False)     # strict would want a tied head
-        if c.tied:
-            model.head.weight = model.wte.weight
         return model
 
+    @torch.no_grad()
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors: transformers loads them, to the same logits.
 
@@ -310,10 +309,9 @@ class GPT(nn.Module):
         positions are rotary, a "llama"; biases that those have and it has not are zeros. Raises
         ValueError for a Config that neither can express.
         """
-        save_file = safetensors().save_file
+        save_file, folder, dtype = safetensors().save_file, Path(folder), self.wte.weight.dtype
         d = dict(self.config.source or their_config(self.config))
         d.pop("dtype", None)                            # transformers 5's word for torch_dtype
-        dtype = self.wte.weight.dtype
         d["torch_dtype"] = str(dtype).removeprefix("torch.")
         if "n_positions" in d:
             d["n_positions"] = self.config.context
@@ -322,18 +320,14 @@ class GPT(nn.Module):
             lacks_bias = key.endswith("bias") and not value
             if value != getattr(full, key) and key != "source" and not lacks_bias:
                 raise ValueError(f"a folder of type {d['model_type']} cannot say {key} = {value!r}")
-        ours, theirs = dict(self.named_parameters()), {}
+        theirs = {key: view.cpu().clone(memory_format=torch.contiguous_format)
+                  for key, view in views(self, d["model_type"])}
         with torch.device("meta"):
-            shapes = {name: p.shape for name, p in GPT(full).named_parameters()}
-        for name, shape in shapes.items():
-            w = ours[name].detach().cpu() if name in ours else torch.zeros(shape, dtype=dtype)
-            there = list(pieces(full, name, shape))
-            rows = [size[-1] if flip else size[0] for _, size, flip in there]
-            for (key, _, flip), part in zip(there, w.split(rows)):
-                theirs[key] = (part.T if flip else part).clone(memory_format=torch.contiguous_format)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(theirs, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        (Path(folder) / "config.json").write_text(json.dumps(d, indent=2) + "\n", "utf-8")
+            for key, view in views(GPT(full), d["model_type"]):
+                theirs.setdefault(key, torch.zeros(view.shape, dtype=dtype, device="cpu"))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(d, indent=2) + "\n", "utf-8")
 
 
 def sample(logits, temperature, top_k, generator):
@@ -348,48 +342,74 @@ def sample(logits, temperature, top_k, generator):
     u = torch.rand(len(logits), 1, generator=generator).to(logits.device)
     return torch.searchsorted(total, u * total[:, -1:], right=True).clamp(max=logits.size(-1) - 1)
 
+
 # ------------------------------------------------------------- checkpoints of the Hugging Face kind
 
-# What our modules are called there. Where ours is one and theirs are several, theirs are its rows.
-NAMES = {
-    "gpt2": {
-        "wte": "transformer.wte", "wpe": "transformer.wpe", "norm": "transformer.ln_f",
-        "head": "lm_head", "blocks": "transformer.h", "norm1": "ln_1", "norm2": "ln_2",
-        "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj",
-        "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
-    "llama": {
-        "wte": "model.embed_tokens", "norm": "model.norm",
-        "head": "lm_head", "blocks": "model.layers",
-        "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
-        "attn.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-        "attn.out": "self_attn.o_proj",
-        "mlp.up": "mlp.gate_proj mlp.up_proj", "mlp.down": "mlp.down_proj"}}
-NAMES["qwen2"] = NAMES["llama"]
-NAMES["phi3"] = NAMES["llama"] | {"attn.qkv": "self_attn.qkv_proj", "mlp.up": "mlp.gate_up_proj"}
+# What our settings are called in config.json and our modules in the files of weights. Joined by +:
+# ours holds their rows, one below the other.
+TABLE = """
+    vocab_size   vocab_size            vocab_size
+    context      n_positions           max_position_embeddings
+    n_layer      n_layer               num_hidden_layers
+    n_head       n_head                num_attention_heads
+    n_embd       n_embd                hidden_size
+    n_hidden     n_inner               intermediate_size
+    mlp          activation_function   hidden_act
+    norm_eps     layer_norm_epsilon    rms_norm_eps
+    tied         tie_word_embeddings   tie_word_embeddings
+    n_kv_head    -                     num_key_value_heads
+    head_dim     -                     head_dim
+    qkv_bias     -                     attention_bias
+    out_bias     -                     attention_bias
+    bias         -                     mlp_bias
+
+    wte          transformer.wte       model.embed_tokens
+    wpe          transformer.wpe       -
+    blocks       transformer.h         model.layers
+    .norm1       ln_1                  input_layernorm
+    .attn.qkv    attn.c_attn           self_attn.q_proj+self_attn.k_proj+self_attn.v_proj
+    .attn.out    attn.c_proj           self_attn.o_proj
+    .norm2       ln_2                  post_attention_layernorm
+    .mlp.up      mlp.c_fc              mlp.gate_proj+mlp.up_proj
+    .mlp.down    mlp.c_proj            mlp.down_proj
+    norm         transformer.ln_f      model.norm
+    head         lm_head               lm_head
+"""
+ROWS = [line.split() for line in TABLE.splitlines() if line]
+GPT2, LLAMA = ({row[0]: row[i] for row in ROWS if row[i] != "-"} for i in (1, 2))
+PHI3 = LLAMA | {".attn.qkv": "self_attn.qkv_proj", ".mlp.up": "mlp.gate_up_proj"}
+NAMES = {"gpt2": GPT2, "llama": LLAMA, "qwen2": LLAMA, "phi3": PHI3}    # by model_type
+SETTINGS = [row[0] for row in ROWS[:14]]
+MLPS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu2": "relu2", "silu": "swiglu"}
 
 # Settings that change the computation, with the one value of each that is written in this file.
-ONLY = {"hidden_act": "silu", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+ONLY = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False, "use_sliding_window": False, "lm_head_bias": False,
-        "use_qk_norm": False, "qk_layernorm": False, "num_experts": None, "num_local_experts": None,
+        "use_qk_norm": False, "qk_layernorm": False, "num_local_experts": None,
         "quantization_config": None}
 
 
-def pieces(c, name, shape):
-    """The parts of our parameter `name` in a checkpoint, each (its name, its shape, transposed)."""
-    names, layer = NAMES[c.source["model_type"]], ""
-    module, kind = name.rsplit(".", 1)                  # kind is "weight" or "bias"
-    if module.startswith("blocks."):
-        _, number, module = module.split(".", 2)
-        layer = f"{names['blocks']}.{number}."
-    theirs = names[module].split()
-    rows = [shape[0] // len(theirs)] * len(theirs)
-    if len(theirs) == 3:
-        rows = [heads * c.head_dim for heads in (c.n_head, c.n_kv_head, c.n_kv_head)]
-    # nn.Linear keeps a matrix as (out, in), GPT-2 as (in, out)
-    flip = "wpe" in names and layer != "" and len(shape) == 2
-    for their, n in zip(theirs, rows):
-        size = (n, *shape[1:])
-        yield f"{layer}{their}.{kind}", size[::-1] if flip else size, flip
+def views(model, kind):
+    """All tensors of a checkpoint: the name there, and the part of our parameter that it is.
+
+    Loading copies into these views, saving copies out of them: one table serves both ways.
+    """
+    c = model.config
+    for name, p in model.named_parameters():
+        module, leaf = name.rsplit(".", 1)              # leaf is "weight" or "bias"
+        block = re.match(r"blocks\.(\d+)", module)
+        if block:
+            module = module[block.end():]               # with its dot
+        theirs = NAMES[kind][module].split("+")
+        rows = [len(p) // len(theirs)] * len(theirs)
+        if len(theirs) == 3:
+            rows = [heads * c.head_dim for heads in (c.n_head, c.n_kv_head, c.n_kv_head)]
+        for their, part in zip(theirs, p.split(rows)):
+            if block:
+                their = f"{NAMES[kind]['blocks']}.{block[1]}.{their}"
+                if kind == "gpt2" and part.dim() == 2:
+                    part = part.T                       # its matrices are (in, out), ours (out, in)
+            yield f"{their}.{leaf}", part
 
 
 def config_of(d, context=None):
@@ -400,10 +420,19 @@ def config_of(d, context=None):
     for key, value in ONLY.items():
         if d.get(key, value) != value:
             raise ValueError(f"{key} = {d[key]!r} is not written here, only {value!r}")
-    if set(d.get("layer_types") or []) > {"full_attention"}:
+    if set(d.get("layer_types") or []) - {"full_attention"}:
         raise ValueError("layer_types has other than 'full_attention', which alone is written here")
+    known = {"n_inner": None, "num_key_value_heads": None, "head_dim": None, "mlp_bias": False,
+             "attention_bias": False, "tie_word_embeddings": kind == "gpt2"} | d
     try:
-        c = gpt2_config(d) if kind == "gpt2" else llama_config(d)
+        c = Config(**{key: known[NAMES[kind][key]] for key in SETTINGS if key in NAMES[kind]})
+        if c.mlp not in MLPS or (kind == "gpt2") == (c.mlp == "silu"):
+            raise ValueError(f"{NAMES[kind]['mlp']} {c.mlp!r} is not written here")
+        c.mlp, c.source = MLPS[c.mlp], d
+        if kind == "gpt2":
+            c.bias = c.qkv_bias = c.out_bias = True
+        else:
+            c.norm, c.rope, c.qkv_bias = "rms", rope_of(c, d), c.qkv_bias or kind == "qwen2"
     except KeyError as error:
         raise ValueError(f"config.json lacks {error}") from None
     c.context = min(c.context, context or c.context)
@@ -415,103 +444,65 @@ def config_of(d, context=None):
     return c
 
 
-def gpt2_config(d):
-    mlps = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu2": "relu2"}
-    act = d.get("activation_function", "gelu_new")
-    if act not in mlps:
-        raise ValueError(f"activation_function {act!r} is not one of {', '.join(mlps)}")
-    return Config(d["vocab_size"], d["n_positions"], d["n_layer"], d["n_head"], d["n_embd"],
-                  n_hidden=d.get("n_inner"), mlp=mlps[act], bias=True, qkv_bias=True, source=d,
-                  norm_eps=d.get("layer_norm_epsilon", 1e-5), tied=d.get("tie_word_embeddings", True))
-
-
-def llama_config(d):
-    kind, biased = d["model_type"], d["model_type"] == "llama" and d.get("attention_bias", False)
-    c = Config(d["vocab_size"], d["max_position_embeddings"], d["num_hidden_layers"],
-               d["num_attention_heads"], d["hidden_size"], d.get("num_key_value_heads"),
-               d.get("head_dim"), d["intermediate_size"], mlp="swiglu", norm="rms", source=d,
-               norm_eps=d.get("rms_norm_eps", 1e-5 if kind == "phi3" else 1e-6),
-               bias=kind == "llama" and d.get("mlp_bias", False), out_bias=biased,
-               qkv_bias=biased or kind == "qwen2", tied=d.get("tie_word_embeddings", False))
-    # In the hub's folders rope_theta and more stand outside rope_scaling; transformers 5 writes
-    # all in rope_parameters.
-    r = {**d, **(d.get("rope_scaling") or d.get("rope_parameters") or {})}
-    scaling = r.get("rope_type", r.get("type", "default"))
-    c.rope = {"theta": r.get("rope_theta", 10000.0)}
-    dim = int(c.head_dim * r.get("partial_rotary_factor", 1.0))
-    if dim != c.head_dim:
-        c.rope["dim"] = dim
-    if scaling == "llama3":
-        c.rope |= {"type": "llama3", "factor": r["factor"], "low": r["low_freq_factor"],
-                   "high": r["high_freq_factor"], "original": r["original_max_position_embeddings"]}
-    elif scaling in ("longrope", "su"):
-        switch = d.get("original_max_position_embeddings") or r["original_max_position_embeddings"]
-        factor = r.get("factor") or c.context / switch
-        scale = r.get("attention_factor") or math.sqrt(1 + math.log(max(factor, 1)) / math.log(switch))
-        c.rope |= {"type": "longrope", "short": r["short_factor"], "long": r["long_factor"],
-                   "switch": switch, "attention": scale}
-        if {len(r["short_factor"]), len(r["long_factor"])} != {dim // 2}:
-            raise ValueError(f"short_factor and long_factor should have {dim // 2} numbers")
-    elif scaling != "default" or "full_attention" in r:
-        raise ValueError(f"rotary scaling {scaling!r} is not one of default, llama3, longrope, su")
-    return c
+def rope_of(c, d):
+    """Our rotary settings (see `rotary`) for a config.json."""
+    # the hub's folders keep some of them outside rope_scaling; transformers 5 has rope_parameters
+    r = d | (d.get("rope_scaling") or d.get("rope_parameters") or {})
+    kind = r.get("rope_type", r.get("type", "default"))
+    if kind not in ("default", "llama3", "longrope", "su") or "full_attention" in r:
+        raise ValueError(f"rotary scaling {kind!r} is not one of default, llama3, longrope, su")
+    R = int(c.head_dim * r.get("partial_rotary_factor", 1))
+    rope = {"theta": r.get("rope_theta", 10000.0)} | ({"dim": R} if R < c.head_dim else {})
+    if kind == "default":
+        return rope
+    original = d.get("original_max_position_embeddings") or r["original_max_position_embeddings"]
+    if kind == "llama3":
+        return rope | {"type": "llama3", "factor": r["factor"], "low": r["low_freq_factor"],
+                       "high": r["high_freq_factor"], "original": original}
+    if not len(r["short_factor"]) == len(r["long_factor"]) == R // 2:
+        raise ValueError(f"short_factor and long_factor should have {R // 2} numbers each")
+    grown = max(1, r.get("factor") or c.context / original)
+    scale = r.get("attention_factor") or math.sqrt(1 + math.log(grown) / math.log(original))
+    return rope | {"type": "longrope", "short": r["short_factor"], "long": r["long_factor"],
+                   "switch": original, "attention": scale}
 
 
 def their_config(c):
-    """A config.json for a model of ours."""
-    d = {"vocab_size": c.vocab_size, "tie_word_embeddings": c.tied,
-         "bos_token_id": None, "eos_token_id": None}
-    if c.rope is None:
-        return d | {
-            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": c.context,
-            "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.n_hidden,
-            "layer_norm_epsilon": c.norm_eps,
-            "activation_function": "relu2" if c.mlp == "relu2" else "gelu_new"}
-    return d | {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-        "hidden_size": c.n_embd, "intermediate_size": c.n_hidden, "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
-        "head_dim": c.head_dim, "max_position_embeddings": c.context, "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope["theta"], "attention_bias": c.qkv_bias or c.out_bias,
-        "mlp_bias": c.bias}
-
-
-def read_json(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
-    return json.loads(path.read_text("utf-8"))
+    """A config.json for a model of ours; `save_pretrained` checks that nothing is lost in it."""
+    kind, architecture = ("llama", "LlamaForCausalLM") if c.rope else ("gpt2", "GPT2LMHeadModel")
+    d = {NAMES[kind][key]: getattr(c, key) for key in SETTINGS if key in NAMES[kind]}
+    d |= {"model_type": kind, "architectures": [architecture], "bos_token_id": None,
+          "eos_token_id": None}
+    if c.rope:
+        return d | {"hidden_act": "silu", "rope_theta": c.rope["theta"],
+                    "attention_bias": c.qkv_bias or c.out_bias}
+    return d | {"activation_function": "relu2" if c.mlp == "relu2" else "gelu_new"}
 
 
 def read_weights(folder, kind):
     """All tensors of the folder, by name, from one file or from those that an index lists."""
+    tensors = {}
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            files = [folder / name]
-        elif (folder / f"{name}.index.json").is_file():
-            index = read_json(folder / f"{name}.index.json")
-            files = [folder / file for file in sorted(set(index["weight_map"].values()))]
-        else:
+        files, index = [folder / name], folder / f"{name}.index.json"
+        if not files[0].exists() and index.exists():
+            names = json.loads(index.read_text("utf-8"))["weight_map"].values()
+            files = [folder / name for name in sorted(set(names))]
+        elif not files[0].exists():
             continue
-        tensors = {}
         for file in files:
-            tensors |= read_tensors(file)
-        break
-    else:
-        raise FileNotFoundError(f"there is no model.safetensors or pytorch_model.bin in {folder}")
-    prefix = NAMES[kind]["wte"].split(".")[0] + "."     # some files were saved without it
-    ignored = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")   # masks and angles
-    return {key if key.startswith((prefix, "lm_head.")) else prefix + key: w
-            for key, w in tensors.items() if not ignored.search(key)}
+            tensors |= unpickle(file) if "pytorch" in name else safetensors().load_file(file)
+        prefix = NAMES[kind]["wte"].split(".")[0] + "."     # some files were saved without it
+        computed = r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$"      # masks and angles
+        return {key if key.startswith((prefix, "lm_head.")) else prefix + key: w
+                for key, w in tensors.items() if not re.search(computed, key)}
+    raise FileNotFoundError(f"there is no model.safetensors or pytorch_model.bin in {folder}")
 
 
-def read_tensors(file):
-    if file.suffix == ".safetensors":
-        return safetensors().load_file(file)
-    try:        # weights_only: a .bin file is a pickle, and a pickle can run any program
+def unpickle(file):
+    try:        # weights_only, for a pickle can run any program
         return torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError:
-        raise ValueError(f"{file} holds more than tensors; it was not loaded, for it could run "
-                         "any program") from None
+        raise ValueError(f"{file} holds more than tensors and was not loaded") from None
 
 
 def safetensors():
