@@ -88,70 +88,71 @@ def split(examples: Iterable[Example], train: int, judge: int) -> tuple[list[Exa
 # here that is not PLAIN is a content word, and it stands under one concept only.
 
 STORIES = """
-sea: at the harbour, by the sea, on the beach, near the lighthouse, on the island
-    shell, anchor, pearl, oar, sail, fishing net
-    crab, whale, sailor, dolphin, mermaid, octopus, pirate
-    swam past the reef, rowed across the bay, dived under a boat, counted the ships, rode a wave
-snow: in the snow, on the glacier, near the igloo, on the icy lake, by the ski lift
-    sled, snowball, mitten, scarf, icicle, snowflake
-    penguin, snowman, skier, reindeer, husky, yeti
+sea: at the harbour, by the sea, on the beach, near the lighthouse
+    shell, anchor, pearl, oar
+    crab, whale, sailor, dolphin
+    swam past the reef, rowed across the bay, dived under a boat, counted the ships
+snow: in the snow, on the glacier, near the igloo, on the icy lake
+    sled, snowball, mitten, scarf
+    penguin, snowman, skier, reindeer
     skated over the ice, skied down the slope, walked through the blizzard, swept away the frost
-farm: on the farm, in the barn, by the haystack, in the orchard, near the windmill
-    horseshoe, pitchfork, saddle, egg, some hay, some wool
-    cow, farmer, goat, sheep, pig, rooster, donkey
-    drove the tractor, milked the cows, fed the hens, harvested the wheat, rode on a pony
-space: on the moon, on Mars, in space, near the rocket, in the spaceship
-    telescope, spacesuit, meteorite, antenna, some stardust
-    astronaut, alien, martian, cosmonaut, astronomer
+farm: on the farm, in the barn, by the haystack, in the orchard
+    horseshoe, pitchfork, saddle, egg
+    cow, farmer, goat, sheep
+    drove the tractor, milked the cows, fed the hens, harvested the wheat
+space: on the moon, on Mars, in space, near the rocket
+    telescope, spacesuit, meteorite, antenna
+    astronaut, alien, martian, cosmonaut
     flew past the stars, landed on a planet, chased a comet, counted the galaxies
-kitchen: in the kitchen, by the oven, at the stove, near the fridge, in the pantry
-    spoon, pancake, saucepan, muffin, apron, some dough
-    cook, chef, baker, waiter, dishwasher
-    baked a cake, stirred the soup, peeled the potatoes, tasted the sauce, washed the plates
-forest: in the forest, under the oak, in the woods, by the stream, near the waterfall
-    acorn, mushroom, pinecone, twig, berry, some moss
-    fox, bear, deer, squirrel, owl, badger, hedgehog
+kitchen: in the kitchen, by the oven, at the stove, near the fridge
+    spoon, pancake, saucepan, muffin
+    cook, chef, baker, waiter
+    baked a cake, stirred the soup, peeled the potatoes, tasted the sauce
+forest: in the forest, under the oak, in the woods, by the stream
+    acorn, mushroom, pinecone, twig
+    fox, bear, deer, squirrel
     hiked under the pines, climbed an oak, picked some berries, walked among the trees
-castle: in the castle, in the tower, by the throne, on the drawbridge, near the moat
-    crown, sword, shield, jewel, goblet, some armour
-    king, queen, knight, prince, princess, dragon, jester
-    guarded the tower, crossed the moat, polished the armour, opened the dungeon, tried on a crown
-music: at the concert, on the stage, by the piano, at the opera, near the bandstand
-    violin, trumpet, flute, guitar, drum, ukulele
-    singer, pianist, drummer, violinist, composer
-    sang a melody, hummed a tune, danced to the music, played the piano, practised the chords
-school: at school, in the classroom, by the blackboard, in the library, by the desk
-    pencil, notebook, ruler, eraser, crayon, uniform
-    teacher, pupil, student, classmate, librarian, headmaster
+castle: in the castle, in the tower, by the throne, on the drawbridge
+    crown, sword, shield, jewel
+    king, queen, knight, prince
+    guarded the tower, crossed the moat, polished the armour, opened the dungeon
+music: at the concert, on the stage, by the piano, at the opera
+    violin, trumpet, flute, guitar
+    singer, pianist, drummer, violinist
+    sang a melody, hummed a tune, danced to the music, played the piano
+school: at school, in the classroom, by the blackboard, in the library
+    pencil, notebook, ruler, eraser
+    teacher, pupil, student, classmate
     finished the homework, passed the exam, learned the alphabet, practised the spelling
-ghost: in the graveyard, in the attic, near the tomb, in the crypt, by the haunted mansion
-    skull, cobweb, lantern, potion, bone, cloak
-    ghost, vampire, skeleton, witch, phantom, zombie, bat
+ghost: in the graveyard, in the attic, near the tomb, in the crypt
+    skull, cobweb, lantern, potion
+    ghost, vampire, skeleton, witch
     tiptoed past the tombs, chased a spooky shadow, searched the cellar, lit some candles
-train: on the train, at the station, on the platform, in the tunnel, by the railway
-    ticket, suitcase, whistle, timetable, some luggage, some coal
-    passenger, porter, stationmaster, traveller, commuter
+train: on the train, at the station, on the platform, in the tunnel
+    ticket, suitcase, whistle, timetable
+    passenger, porter, stationmaster, traveller
     rode on the locomotive, followed the rails, boarded the express, looked into the carriages
-market: at the market, by the stall, in the shop, near the bazaar, at the counter
-    coin, basket, purse, melon, some cheese, some honey
-    merchant, vendor, customer, shopkeeper, trader, cashier
+market: at the market, by the stall, in the shop, near the bazaar
+    coin, basket, purse, melon
+    merchant, vendor, customer, shopkeeper
     bought some cheese, sold a carpet, paid for the honey, counted the coins
-robot: in the laboratory, in the workshop, near the computer, at the factory, by the machine
-    battery, wire, screw, gadget, microchip, sensor
-    robot, android, inventor, cyborg, programmer, mechanic
+robot: in the laboratory, in the workshop, near the computer, at the factory
+    battery, wire, screw, gadget
+    robot, android, inventor, cyborg
     tightened the bolts, pressed the buttons, oiled the gears, charged the batteries
-circus: at the circus, in the tent, on the trapeze, near the carousel, by the tightrope
-    hoop, wig, balloon, unicycle, some confetti, some popcorn
-    clown, juggler, acrobat, magician, lion, elephant, ringmaster
+circus: at the circus, in the tent, on the trapeze, near the carousel
+    hoop, wig, balloon, unicycle
+    clown, juggler, acrobat, magician
     balanced on the tightrope, swung on the trapeze, juggled with hoops, walked on stilts
-garden: in the garden, on the lawn, by the hedge, in the greenhouse, near the flowerbed
-    rose, trowel, tulip, sunflower, rake, flowerpot
-    gardener, butterfly, snail, ladybird, bee, caterpillar
-    watered the flowers, planted some tulips, mowed the lawn, smelled the roses, pulled up the weeds
-desert: in the desert, at the oasis, on the dune, near the pyramid, by the cactus
-    scarab, turban, fossil, urn, canteen, some sand
-    camel, nomad, scorpion, lizard, vulture, bedouin
-    rode on a camel, trudged over the dunes, followed the caravan, climbed the pyramid"""
+garden: in the garden, on the lawn, by the hedge, in the greenhouse
+    rose, trowel, tulip, sunflower
+    gardener, butterfly, snail, ladybird
+    watered the flowers, planted some tulips, mowed the lawn, smelled the roses
+desert: in the desert, at the oasis, on the dune, near the pyramid
+    scarab, turban, fossil, urn
+    camel, nomad, scorpion, lizard
+    rode on a camel, trudged over the dunes, followed the caravan, climbed the pyramid
+"""
 PLAIN = """a across among an at away by chased climbed counted crossed down followed for in into
     looked near on opened over past picked played practised pulled rode some the through to tried
     under up walked with""".split()
@@ -512,23 +513,26 @@ def with_tiktoken(spec: dict, vocab: dict[str, int], added: dict[str, int]):
 
     A tokenizer.json lists the pairs that may be joined, first those to be joined first; ids may be
     in any order. tiktoken joins the two neighbours whose union has the lowest rank. So the rank
-    of a token is its place in that list, and `ids` translates ranks to ids. Both give the same
-    tokens if each token has one pair that makes it, or several that stand together (Llama-3 lists
-    all), and if no other way of joining could come first: true of every vocabulary that BPE made.
+    of a token is its place in that list, and `ids` translates ranks to ids. In a vocabulary that
+    BPE made both give the same tokens if each has one pair that makes it, or several that stand
+    together (Llama-3 lists all). With "ignore_merges", a token that no pair makes stands for a
+    whole piece; tiktoken takes it so too if it has no two parts that are tokens.
     """
     model, normalizer, cuts = spec["model"], spec.get("normalizer"), list_cuts(spec)
     odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     if (model.get("type", "BPE") != "BPE" or any(model.get(key) for key in odd) or cuts is None
-            or normalizer not in (None, {"type": "NFC"}) or not set(BYTES) <= set(vocab)):
+            or normalizer not in (None, {"type": "NFC"}) or not BYTES.keys() <= vocab.keys()
+            or not BYTES.keys() >= set("".join(vocab.keys() - added.keys()))):
         return None
     made = defaultdict(list)   # token -> the places of the pairs that make it
     for place, pair in enumerate(model["merges"]):
         made["".join(pair.split(" ") if isinstance(pair, str) else pair)].append(place)
-    loose = vocab.keys() - added.keys() - made.keys() - BYTES.keys()
-    if loose and model.get("ignore_merges") or any(
-            places[-1] - places[0] >= len(places) for places in made.values()):
+    loose = [token for token in vocab.keys() - added.keys() - made.keys() - BYTES.keys()
+             if model.get("ignore_merges")]
+    if (any(places[-1] - places[0] >= len(places) for places in made.values())
+            or any(t[:i] in vocab and t[i:] in vocab for t in loose for i in range(1, len(t)))):
         return None
-    by_rank = [LETTERS[byte] for byte in range(256)] + list(made)
+    by_rank = [LETTERS[byte] for byte in range(256)] + list(made) + loose
     ids = [vocab[token] for token in by_rank]
     to_bytes = lambda token: bytes(BYTES[letter] for letter in token)
     encoding = tiktoken.Encoding(
@@ -646,8 +650,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path):
 # ---------------------------------------------------------------------------- rows and batches
 
 class Row(NamedTuple):
-    prompt: list[int]          # END and the prompt's tokens
-    text: list[int]            # the text's tokens and END
+    prompt: list[int]          # the tokenizer's begin (END, in ours) and the prompt's tokens
+    text: list[int]            # the text's tokens and the tokenizer's end
     label: tuple[float, ...]   # (K,) 1.0 where the text is about concepts[i]
 
 

@@ -50,7 +50,7 @@ class Size:
     heads: int = 4
     width: int = 128            # C
     context: int = 128          # tokens
-    vocab: int = 1024
+    vocab: int = 1008           # with 16 control tokens (--compare) a multiple of 64
     batch: int = 64             # sequences
     base: int = 400             # steps of the base model
     produce: int = 100          # steps of stage 1
@@ -75,6 +75,8 @@ SIZES = {
                  first_layer=1, prompts=16, track=8, every=10),
     # minutes on a laptop
     "small": Size(),
+    "small-wordnet": Size(vocab=4096, batch=128, context=64, base=1000, produce=150, rely=850,
+                          no_prompt=0.3, track=128, every=200),
     # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
                    rely=1500, lr=0.005, finetune_lr=0.005),
@@ -142,7 +144,8 @@ def steer(flags, width, *segments):
     Each segment is (start (B,), values (B, K)): from position start[b] on, row b's flags are
     values[b]. Later segments overrule earlier ones, so flags can be switched in mid-text.
     """
-    segments = [(start, *place(flags, width, values)) for start, values in segments]
+    segments = [(start.to(values.device)[:, None], *place(flags, width, values))
+                for start, values in segments]
     full = write = None
 
     def edit(layer, x, pos):                                        # x (B, T, C), pos (B, T)
@@ -150,27 +153,21 @@ def steer(flags, width, *segments):
         if layer < flags.layer:
             return x
         if layer == flags.layer:
-            start, full, fenced = segments[0]
-            write = (pos >= start[:, None])[..., None] & fenced     # (B, T, C)
-            for start, new, fenced in segments[1:]:
-                now = (pos >= start[:, None])[..., None] & fenced
-                full, write = torch.where(now, new, full), write | now
+            full, write = torch.zeros_like(x[:, :1]), torch.zeros_like(x, dtype=torch.bool)
+            for start, values, fenced in segments:
+                now = (pos >= start)[..., None] & fenced            # (B, T, C)
+                full, write = torch.where(now, values, full), write | now
         return torch.where(write, full, x)
     return edit
 
 
+@torch.no_grad()
 def read(model, flags, prompts):
     """The model's own flags (B, K) at the last token of each prompt (lists of token ids), as they
     stand after block k, the first place where they are asked for."""
-    seen = []
-    for prompt in prompts:
-        def edit(layer, x, pos):
-            if layer == flags.layer:
-                seen.append(x[0, -1, flags.dims])
-            return x
-        with torch.no_grad():
-            model.stream(torch.tensor([prompt], device=model.wte.weight.device), edit)
-    return torch.stack(seen).float()
+    device = model.wte.weight.device
+    return torch.stack([stream_after(model, flags.layer, torch.tensor([ids], device=device))[0, -1]
+                        for ids in prompts])[:, flags.dims]
 
 
 # ---------------------------------------------------------------------------- training
@@ -250,7 +247,7 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
         if done % s.every == 0 or done == steps:
             log.append({"step": done, "stage": stage(step), "lm_loss": held_out(run, model),
                         "flag_loss": flag.item(), "train_loss": lm.item()})
-            if name != "base":
+            if name != "base" and run.tracked:
                 log[-1] |= track(run, model)
         if time.time() - saved_at > CHECKPOINT_SECONDS or done == steps or run.signal:
             checkpoint(done)
@@ -258,14 +255,15 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
         if run.signal:
             raise Stop(f"stopped at step {done} of {name}; the same command goes on from there",
                        128 + run.signal)
-        if time.time() - shown_at > 1 or done == steps:
+        noted = log and log[-1]["step"] == done
+        if time.time() - shown_at > 1 or noted:
             shown_at, left = time.time(), (steps - done + run.later[name]) * seconds / done
             point = {"lm": lm.item(), "flags": flag.item()} | (log[-1] if log else {})
             shown = ("lm", "flags", "intact", "blank", "conflict")
             progress(f"{name:7s} {done:4d}/{steps}  "
                      + "  ".join(f"{key} {point[key]:.3f}" for key in shown if key in point)
                      + f"  {tokens / seconds:,.0f} tokens/s  ETA {left // 60:.0f}:{left % 60:02.0f}",
-                     end=done == steps)
+                     end=noted)
     run.seconds[name], run.rate[name] = seconds, tokens / seconds
     return log
 
@@ -289,31 +287,41 @@ def to(device, batch):
 # ---------------------------------------------------------------------------- measurements
 # Each is the same three calls: prompts and flags are chosen, texts are written, a judge reads them.
 
-def write(run, model, prompts, values=None, then=None, purpose=0):
-    """Texts that the model writes behind prompts (strings), its flags free or set.
+def write(run, model, prompts, values=None, by=None):
+    """Texts that the model writes behind prompts (strings); values (B, K) are what its flags are
+    set to from the last token of the prompt on, None: they are free.
 
-    values (B, K) are the flags from the last token of the prompt on; `then` (B, K) those that
-    take their place after the first sentence (only what follows it is returned).
+    by(ids, values) -> (ids, edit) is another way to say what to write about, for the baselines.
     """
-    ids = [run.ids(prompt) for prompt in prompts]
-    width, segments = model.config.n_embd, []
-
-    def go():
-        edit = steer(run.flags, width, *segments) if segments else None
-        return model.generate(ids, run.size.context, edit, run.size.temperature, stop=run.tok.end,
-                              generator=rng(run.seed, WRITING, purpose, len(segments)))
-
-    def set_flags(values):
-        start = torch.tensor([len(row) - 1 for row in ids], device=run.device)
-        segments.append((start, values.to(run.device)))
-
+    ids, edit = [run.ids(prompt) for prompt in prompts], None
     if values is not None:
-        set_flags(values)
-    texts = go()
-    if then is not None:
-        ids = [row + first_sentence(run, text) for row, text in zip(ids, texts)]
-        set_flags(then)
-        texts = go()
+        ids, edit = (by or by_flags(run, model))(ids, values.to(run.device))
+    return [run.tok.decode(text).strip() for text in continue_(run, model, ids, edit)]
+
+
+def by_flags(run, model):
+    return lambda ids, values: (ids, steer(run.flags, model.config.n_embd, (last(ids), values)))
+
+
+def last(ids):
+    """The position of each prompt's last token (B,): the first flag position."""
+    return torch.tensor([len(row) - 1 for row in ids])
+
+
+def continue_(run, model, ids, edit):
+    return model.generate(ids, run.size.context, edit, run.size.temperature, stop=run.tok.end,
+                          generator=rng(run.seed, WRITING))
+
+
+def switch(run, model, prompts, values, then):
+    """Texts whose flags are `values` up to the end of the first sentence, and `then` after it:
+    what follows the first sentence."""
+    ids, width = [run.ids(prompt) for prompt in prompts], model.config.n_embd
+    begin = (last(ids), values)
+    firsts = [first_sentence(run, text)
+              for text in continue_(run, model, ids, steer(run.flags, width, begin))]
+    ids = [row + first for row, first in zip(ids, firsts)]
+    texts = continue_(run, model, ids, steer(run.flags, width, begin, (last(ids), then)))
     return [run.tok.decode(text).strip() for text in texts]
 
 
@@ -412,13 +420,13 @@ class Prompts:
     pairs: list[list[int]]
 
 
-def choose(run, n):
+def choose(run, n, examples=None):
     """n prompts of each kind (fewer if the test split has fewer), the same for every model."""
     data, rest = run.data, random.Random(run.seed)
     index = {concept: i for i, concept in enumerate(data.concepts)}
     K = len(index)
     tells = (lambda e: D.content(e.prompt, data.words)) if data.words else (lambda e: e.prompt)
-    test = list({example.prompt: example for example in data.test}.values())
+    test = list({example.prompt: example for example in examples or data.test}.values())
     cued = [e for e in test if tells(e) and len(e.concepts) == 1][:n]
     double = [e for e in test if tells(e) and len(e.concepts) == 2][:n]
     neutral = [e.prompt for e in test if not tells(e)][:n] if data.words else [""] * n
@@ -481,7 +489,7 @@ def steering(run, model, base):
             found = run.judge(write(run, model, p.neutral, hot(K, *zip(*sets))))
             result[f"compose{size}"] = stat([set(text) == set(s) for text, s in zip(found, sets)])
         a, b = ([(i + shift) % K for i in range(len(p.neutral))] for shift in (0, 1 + K // 3))
-        found = run.judge(write(run, model, p.neutral, hot(K, a), then=hot(K, b)))
+        found = run.judge(switch(run, model, p.neutral, hot(K, a), hot(K, b)))
         result["switch"] = stat(list(map(about, found, b)))
     names = ("neutral", "conflict", "kept", "suppress", "compose2", "compose3", "switch", "leak",
              "nll_gap", "distinct2")
@@ -628,7 +636,7 @@ def locked(run, fresh=False):
 
 
 def progress(line, end=True):
-    """A line that is overwritten in a terminal, and printed only when it is final elsewhere."""
+    """A line that the next one overwrites, in a terminal; elsewhere only the last ones are printed."""
     if sys.stdout.isatty():
         print("\r" + line.ljust(shutil.get_terminal_size().columns - 1), end="\n" if end else "", flush=True)
     elif end:
@@ -664,7 +672,7 @@ def prepare(args):
 def new_model(run):
     s = run.size
     torch.manual_seed(run.seed)
-    vocab = -(-run.tok.n_vocab // 64) * 64      # a multiple of 64 is faster
+    vocab = -(-(run.tok.n_vocab + len(run.data.concepts)) // 64) * 64    # room for control tokens
     return GPT(Config(vocab_size=vocab, context=s.context, n_layer=s.layers, n_head=s.heads,
                       n_embd=s.width)).to(run.device)
 
@@ -680,11 +688,10 @@ def supply_schedule(s):
     return lambda step: 0.0 if step < s.produce else s.supply
 
 
-def main_job(run):
-    """Base, flags, control; then everything that is measured, drawn and written."""
-    s, started = run.size, time.time()
-    steps = s.produce + s.rely
-    run.later = {"base": 2 * steps, "flags": steps, "control": 0}
+def train_all(run):
+    """The base, its flags and its control, and their logs; what is finished is only loaded."""
+    s, steps = run.size, run.size.produce + run.size.rely
+    run.later |= {"base": 2 * steps, "flags": steps, "control": 0}
     base = new_model(run)
     print(f"{sum(p.numel() for p in base.parameters()):,} parameters on {run.device}, "
           f"{len(run.data.train):,} training examples of {run.data.name}, results in {run.out}")
@@ -693,7 +700,13 @@ def main_job(run):
     arm = install(run.flags, supply_schedule(s), run.seed, s.width)
     logs["flags"] = fit(run, "flags", flags, steps, arm, lambda step: 1 if step < s.produce else 2)
     logs["control"] = fit(run, "control", control, steps)
+    return (base, flags, control), logs
 
+
+def main_job(run):
+    """Train; then all that is measured, drawn and written."""
+    started = time.time()
+    (base, flags, control), logs = train_all(run)
     measuring = time.time()
     steer_table, matrix = steering(run, flags, base)
     results = {
@@ -781,6 +794,7 @@ def figure(*args, **kwargs):
     return plt.subplots(*args, layout="constrained", **kwargs)
 
 
+@torch.no_grad()
 def draw(run, logs, matrix, model):
     """Three pictures in run.out: the erosion trajectory, the steering matrix, the flags of texts."""
     names, paths = run.data.concepts, []
@@ -822,7 +836,8 @@ def draw(run, logs, matrix, model):
     for ax, row in zip(axes, rows):
         ids = (row.prompt + row.text)[:-1]
         tokens = [run.tok.decode([i]) for i in ids[1:]]
-        ax.imshow(flags_of(model, run.flags, ids)[1:].T, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        own = stream_after(model, run.flags.layer, torch.tensor([ids], device=run.device))[0, 1:]
+        ax.imshow(own[:, run.flags.dims].T.cpu(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
         ax.axvline(len(row.prompt) - 2.5, color="C3", lw=1)
         ax.set(yticks=range(len(names)), xticks=range(len(tokens)))
         ax.set_yticklabels(names, fontsize=8), ax.set_xticklabels(tokens, rotation=90, fontsize=8)
@@ -831,17 +846,245 @@ def draw(run, logs, matrix, model):
     return paths
 
 
-@torch.no_grad()
-def flags_of(model, flags, ids):
-    """The model's own flags (T, K) at every position of one sequence, after block k."""
+# ---------------------------------------------------------------------------- baselines: --compare
+# Each is an arm of the same training, or an edit, or a prompt; all are measured alike.
+
+def short(run, model, base, by=None, control=None):
+    """One row of the comparison: the figures that every arm has."""
+    p, K = run.prompts, len(run.data.concepts)
+    b = [i % K for i in range(len(p.neutral))]
+    texts = write(run, model, p.cued, hot(K, p.b), by)
+    share = lambda texts, target: stat(list(map(about, run.judge(texts), target)))
+    blank = None if by else share(write(run, model, p.cued, torch.zeros(len(p.cued), K)), p.a)
+    return {"neutral": share(write(run, model, p.neutral, hot(K, b), by), b),
+            "conflict": share(texts, p.b), "intact": share(write(run, model, p.cued), p.a),
+            "blank": blank, "nll_gap": fluency(run, base, texts, p.b)[0],
+            "loss": held_out(run, model, run.test)}
+
+
+def unsteered(ids, values):
+    return ids, None
+
+
+def shuffled(arm, seed):
+    """The same arm with the labels of each batch dealt out anew: flags that mean nothing."""
+    def new(step, batch):
+        order = torch.randperm(len(batch.y), generator=rng(seed, SUPPLY, step, 1))
+        return arm(step, batch._replace(y=batch.y[order.to(batch.y.device)]))
+    return new
+
+
+def with_control_tokens(run, rows):
+    """Conditional training (Keskar et al. 2019): a token for each concept stands behind the prompt,
+    in the same share of the sequences in which our flags are supplied."""
+    first, chance = run.tok.n_vocab, random.Random(run.seed)
+    return [row._replace(prompt=row.prompt + [first + i for i, on in enumerate(row.label) if on])
+            if chance.random() < run.size.supply else row for row in rows]
+
+
+def by_control_token(run):
+    def by(ids, values):
+        return [row + [run.tok.n_vocab + i for i, on in enumerate(flags) if on]
+                for row, flags in zip(ids, values.tolist())], None
+    return by
+
+
+def means(run, model, count=2000):
+    """Difference of means (Marks and Tegmark 2023): for each concept the mean of the stream after
+    block k over the text of its examples, minus the mean over all: (K, C)."""
+    total = torch.zeros(len(run.data.concepts), model.config.n_embd, device=run.device)
+    number = torch.zeros(len(run.data.concepts), 1, device=run.device)
+    for i in range(0, count, 100):
+        batch = to(run.device, D.pad(run.train[i:i + 100]))
+        with torch.no_grad():
+            x = stream_after(model, run.flags.layer, batch.idx)                 # (B, T, C)
+        on = (batch.targets >= 0).float()
+        total += batch.y.T @ (x * on[..., None]).sum(1)
+        number += (batch.y.T @ on.sum(1))[:, None]
+    mean = total / number.clamp(min=1)
+    return mean - mean.mean(0)
+
+
+def stream_after(model, layer, idx, edit=None):
+    """The residual stream (B, T, C) after block `layer`, as later blocks see it."""
     seen = []
 
-    def edit(layer, x, pos):
-        if layer == flags.layer:
-            seen.append(x[0][:, flags.dims])
+    def spy(at, x, pos):
+        x = edit(at, x, pos) if edit else x
+        if at == layer:
+            seen.append(x)
         return x
-    model.stream(torch.tensor([ids], device=model.wte.weight.device), edit)
-    return seen[0].float().cpu()
+    model.stream(idx, spy)
+    return seen[0].float()
+
+
+def by_adding(run, directions, strength):
+    """Activation addition: strength x the concept's direction, after block k, from the last token
+    of the prompt on (Turner et al. 2023)."""
+    def by(ids, values):
+        start, push = last(ids).to(run.device)[:, None], strength * (values @ directions)[:, None]
+
+        def edit(layer, x, pos):
+            return x + push * (pos >= start)[..., None] if layer == run.flags.layer else x
+        return ids, edit
+    return by
+
+
+def route(run):
+    """Gradient routing (Cloud et al. 2024) to the same dimensions: where a word of a concept is
+    predicted, only its dimension passes gradient down from the layers >= k."""
+    flags, words = run.flags, run.data.words
+    concept = torch.full((run.tok.n_vocab + 64,), -1)
+    for i in range(run.tok.n_vocab):
+        word = run.tok.decode([i]).strip().lower()
+        if words and word in words:
+            concept[i] = run.data.concepts.index(words[word])
+    concept = concept.to(run.device)
+
+    def arm(step, batch):
+        of = concept[batch.targets.clamp(min=0)] * (batch.targets >= 0) + (batch.targets < 0) * -1
+        routed = (of >= 0)[..., None]                                           # (B, T, 1)
+        dims = torch.tensor(flags.dims, device=run.device)[of.clamp(min=0)]     # (B, T)
+        passes = ~routed | F.one_hot(dims, run.size.width).bool()               # (B, T, C)
+
+        def edit(layer, x, pos):
+            return x if layer < flags.layer else torch.where(passes, x, x.detach())
+        return edit, lambda: torch.zeros((), device=run.device)
+    return arm
+
+
+def by_setting(run, model, strength):
+    """The flags' dimensions set to strength instead of 1."""
+    return lambda ids, values: by_flags(run, model)(ids, strength * values)
+
+
+STRENGTHS = (0.5, 1, 2, 4, 8, 16)
+
+
+def compare(run):
+    """All baselines at equal data and steps from the same base; a table and a picture."""
+    base, flags, control = train_all(run)[0]
+    s, steps = run.size, run.size.produce + run.size.rely
+    inner = dataclasses.replace(run, prompts=choose(run, s.track * 2, run.data.train))
+    run.later |= {"stage1": 3 * steps, "shuffled": 2 * steps, "token": steps, "routing": 0}
+
+    def trained(name, arm, rows=None):
+        model = copy_of(run, base)
+        fit(dataclasses.replace(run, train=rows or run.train), name, model, steps, arm)
+        return model
+
+    def best(ways):
+        """The strength that wins most conflicts on prompts of its own (from the training split)."""
+        p, K = inner.prompts, len(run.data.concepts)
+        wins = {strength: sum(map(about, run.judge(write(inner, model, p.cued, hot(K, p.b), by)), p.b))
+                for strength, (model, by) in ways.items()}
+        return max(wins, key=wins.get)
+
+    method = lambda supply: install(run.flags, supply, run.seed, s.width)
+    directions = means(run, control)
+    others = list(range(len(run.flags.dims)))
+    routed = trained("routing", route(run))
+    adding = {a: (control, by_adding(run, directions, a)) for a in STRENGTHS}
+    setting = {a: (routed, by_setting(run, routed, a)) for a in STRENGTHS}
+    curves = {"difference of means": {a: short(run, base=base, model=m, by=by)
+                                      for a, (m, by) in adding.items()},
+              "gradient routing": {a: short(run, base=base, model=m, by=by)
+                                   for a, (m, by) in setting.items()}}
+    token = trained("token", None, with_control_tokens(run, run.train))
+    arms = {
+        "flags": short(run, flags, base),
+        "no steering": short(run, control, base, unsteered),
+        "control token": short(run, token, base, by_control_token(run)),
+        "difference of means": curves["difference of means"][best(adding)],
+        "gradient routing": curves["gradient routing"][best(setting)],
+        "shuffled labels": short(run, trained("shuffled", shuffled(method(supply_schedule(s)), run.seed)), base),
+        "stage 1 only": short(run, trained("stage1", method(lambda step: 0.0)), base),
+        "16 other dimensions": short(dataclasses.replace(run, flags=Flags(run.flags.layer, others)), flags, base),
+    }
+    for name in curves:
+        arms[name]["strength"] = best(adding if name == "difference of means" else setting)
+    update_results(run, {"compare": arms})
+
+    columns = ("neutral", "conflict", "intact", "blank", "nll_gap", "loss")
+    print("\n" + " " * 22 + "".join(f"{column:>10s}" for column in columns))
+    for name, row in arms.items():
+        cells = [row[c] if isinstance(row[c], (float, type(None))) else row[c]["mean"] for c in columns]
+        print(f"{name:22s}" + "".join(" " * 9 + "-" if c is None else f"{c:10.3f}" for c in cells))
+    fig, ax = figure(figsize=(7, 5))
+    for i, (name, row) in enumerate(arms.items()):
+        point = (row["nll_gap"]["mean"], row["conflict"]["mean"])
+        ax.plot(*point, "o", color=f"C{i}", label=name)
+        if name in curves:
+            ax.plot([r["nll_gap"]["mean"] for r in curves[name].values()],
+                    [r["conflict"]["mean"] for r in curves[name].values()], "-", color=f"C{i}", lw=1)
+    ax.set(xlabel="nll_gap: how much less likely than real text (nats a token)", ylim=(-0.02, 1.02),
+           ylabel="conflict: the text follows the flags", title="steering against the prompt")
+    ax.legend(fontsize=8)
+    fig.savefig(run.out / "compare.png", dpi=120)
+    print(f"Wrote {run.out / 'results.json'}, {run.out / 'compare.png'}")
+
+
+def update_results(run, more):
+    path = run.out / "results.json"
+    if not path.exists():
+        raise Stop(f"{path} is missing; finish the run first: the same command without this option")
+    write_file(path, json.dumps(json.loads(path.read_text()) | more, indent=1))
+
+
+# ---------------------------------------------------------------------------- sweeps: --sweep NAME
+
+SWEEPS = {
+    "layer": "first flagged layer k",
+    "width": "number of fenced dimensions",
+    "supply": "p, the share of sequences whose flags are supplied",
+    "weight": "lambda, the weight of the flag loss",
+}
+
+
+def sweep(run, name):
+    """Finetune anew for each value of one setting, all else equal; one file, one picture."""
+    (base, _, control), s = train_all(run)[0], run.size
+    K, steps = len(run.data.concepts), s.produce + s.rely
+    values = {"layer": range(1, s.layers + 1), "width": (4, 8, 16, 32, 64),
+              "supply": (0.0, 0.5, 0.8, 0.9, 1.0), "weight": (0.1, 0.3, 1.0, 3.0, 10.0)}[name]
+    rows = []
+    for i, value in enumerate(values):
+        r, arm = run, None
+        if name == "layer":
+            r = dataclasses.replace(run, flags=Flags(value, run.flags.dims))
+        elif name == "width":   # with fewer flags than concepts the first ones, with more copies
+            r = dataclasses.replace(run, flags=Flags(run.flags.layer, list(range(s.width - value, s.width))))
+            whole = install(r.flags, supply_schedule(s), run.seed, s.width)
+            which = torch.arange(value, device=run.device) % K
+            arm = lambda step, batch, whole=whole, which=which: whole(step, batch._replace(y=batch.y[:, which]))
+        else:
+            r = dataclasses.replace(run, size=dataclasses.replace(s, **{name: value}))
+        arm = arm or install(r.flags, supply_schedule(r.size), run.seed, s.width)
+        r.later = {f"{name}-{value}": steps * (len(values) - i - 1)}
+        model = copy_of(run, base)
+        r = dataclasses.replace(r, tracked=None) if name == "width" else r
+        log = fit(r, f"{name}-{value}", model, steps, arm, lambda step: 1 if step < s.produce else 2)
+        row = {"value": value, "loss": held_out(run, model, run.test),
+               "over control": held_out(run, model, run.test) - held_out(run, control, run.test)}
+        if name != "width":
+            row |= {key: stat for key, stat in short(r, model, base).items() if key != "loss"}
+            row |= reading(r, model) | {"trajectory": log}
+        rows.append(row)
+        write_file(run.out / f"sweep-{name}.json", json.dumps(rows, indent=1))
+    fig, (left, right) = figure(1, 2, figsize=(11, 4))
+    x = [str(row["value"]) for row in rows]
+    left.plot(x, [row["over control"] for row in rows], "o-")
+    left.set(xlabel=SWEEPS[name], ylabel="LM loss minus the control's (nats)")
+    left.axhline(0, color="grey", lw=0.8)
+    for key in ("conflict", "neutral", "intact", "blank", "exact"):
+        if key in rows[0]:
+            right.errorbar(x, [row[key]["mean"] for row in rows], fmt="o-", label=key, capsize=2,
+                           yerr=[[row[key]["mean"] - row[key]["low"] for row in rows],
+                                 [row[key]["high"] - row[key]["mean"] for row in rows]])
+    right.set(xlabel=SWEEPS[name], ylabel="share of texts (exact: of prompts)", ylim=(-0.02, 1.02))
+    right.legend(fontsize=8)
+    fig.savefig(run.out / f"sweep-{name}.png", dpi=120)
+    print(f"Wrote {run.out / f'sweep-{name}.json'}, {run.out / f'sweep-{name}.png'}")
 
 
 # ---------------------------------------------------------------------------- steering by hand
@@ -944,7 +1187,7 @@ def paint(text, lit):
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--size", choices=SIZES, default="small", help="tiny: seconds, to try things; "
+    p.add_argument("--size", choices=[size for size in SIZES if "-" not in size], default="small", help="tiny: seconds, to try things; "
                    "small: minutes on a laptop; medium, large: one GPU (default: small)")
     p.add_argument("--data", default="stories", metavar="DATA", help="stories (built in), wordnet "
                    "(Debian's wordnet-base or NLTK's), or a .jsonl file with lines of "
@@ -955,6 +1198,10 @@ def parser():
     p.add_argument("--out", metavar="DIR", help="where results go (default: out/SIZE or out/SIZE-DATA)")
     p.add_argument("--fresh", action="store_true", help="start over; without it a run that was "
                    "stopped goes on where it was")
+    p.add_argument("--compare", action="store_true", help="baselines at equal data and steps: control "
+                   "token, difference of means, gradient routing, shuffled labels, ...")
+    p.add_argument("--sweep", choices=SWEEPS, help="finetune for several values of: "
+                   + "; ".join(f"{name}: {what}" for name, what in SWEEPS.items()))
     p.add_argument("--steer", nargs="?", const="", metavar="PROMPT", help="write with a finished run's "
                    "model, its flags free and set; without PROMPT and flags: an interactive loop")
     p.add_argument("--on", nargs="+", default=[], metavar="FLAG", help="with --steer: set to 1")
@@ -980,7 +1227,12 @@ def main(argv=None):
         else:
             run = prepare(args)
             with locked(run, args.fresh):
-                main_job(run)
+                if args.compare:
+                    compare(run)
+                elif args.sweep:
+                    sweep(run, args.sweep)
+                else:
+                    main_job(run)
     except Stop as stop:
         print(f"flags.py: {stop}", file=sys.stderr)
         return stop.status

@@ -1,11 +1,15 @@
 """Tests of the mechanism, the data and the command line. Offline; training is `--size tiny`."""
+import copy
 import dataclasses
 import json
 import math
 import os
+import pickle
 import random
 import re
 import signal
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,9 @@ import torch
 
 import data as D
 import flags as F
-from model import GPT, Cache, Config, sample
+from model import GPT, Cache, Config, config_of, sample
+
+torch.set_num_threads(1)    # the models are tiny: a second thread would only wait
 
 K, C, L = 3, 16, 4
 FLAGS = F.Flags(layer=2, dims=[13, 14, 15])
@@ -602,3 +608,653 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "run").write_text("a file, not a folder")
     assert F.main(tiny(tmp_path)) == 2
     assert "can't write" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- real checkpoints
+# transformers is the reference, with small random models of every architecture.
+
+WHY = "the reference for real checkpoints: pip install transformers safetensors"
+
+LLAMA = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+             num_attention_heads=6, max_position_embeddings=64, bos_token_id=None, eos_token_id=None,
+             pad_token_id=None)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def longrope(n, **more):
+    return {"rope_type": "longrope", "rope_theta": 300.0,
+            "short_factor": [1 + 0.1 * i for i in range(n)],
+            "long_factor": [1.5 + 0.7 * i for i in range(n)], **more}
+
+
+GPT2 = dict(vocab_size=97, n_positions=64, n_embd=48, n_layer=3, n_head=4,
+            bos_token_id=None, eos_token_id=None)
+VARIANTS = {   # name -> (class, its settings)
+    "gpt2": ("GPT2", GPT2),
+    "gpt2-inner-untied": ("GPT2", GPT2 | dict(n_inner=72, tie_word_embeddings=False,
+                                              layer_norm_epsilon=3e-5)),
+    "llama": ("Llama", LLAMA),
+    "llama-biases": ("Llama", LLAMA | dict(attention_bias=True, mlp_bias=True, rms_norm_eps=1e-5)),
+    "llama-attention-bias": ("Llama", LLAMA | dict(attention_bias=True)),
+    "llama-3.2": ("Llama", LLAMA | dict(num_key_value_heads=2, tie_word_embeddings=True,
+                                        rms_norm_eps=1e-5, rope_parameters=LLAMA3)),
+    "llama-head-dim": ("Llama", LLAMA | dict(num_key_value_heads=3, head_dim=12)),
+    "smollm2": ("Llama", LLAMA | dict(num_key_value_heads=2, tie_word_embeddings=True,
+                                      rope_parameters={"rope_type": "default", "rope_theta": 1e5})),
+    "qwen2": ("Qwen2", LLAMA | dict(num_key_value_heads=2, tie_word_embeddings=True,
+                                    rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
+    "qwen2-untied": ("Qwen2", LLAMA | dict(num_key_value_heads=1, max_window_layers=1)),
+    "phi3": ("Phi3", LLAMA | dict(num_key_value_heads=6)),
+    "phi3-longrope": ("Phi3", LLAMA | dict(original_max_position_embeddings=24,
+                                           rope_parameters=longrope(4))),
+    "phi4-mini": ("Phi3", LLAMA | dict(
+        hidden_size=96, num_key_value_heads=2, tie_word_embeddings=True, sliding_window=100,
+        original_max_position_embeddings=24,
+        rope_parameters=longrope(6, partial_rotary_factor=0.75))),
+}
+ROTARY = [name for name, (kind, _) in VARIANTS.items() if kind != "GPT2"]
+
+
+def reference(name, seed=0, **more):
+    """A transformers model with weights at a scale where each part of the computation shows."""
+    transformers = pytest.importorskip("transformers", reason=WHY)
+    kind, settings = VARIANTS[name]
+    config = getattr(transformers, kind + "Config")(**copy.deepcopy(settings | more))
+    head = "GPT2LMHeadModel" if kind == "GPT2" else kind + "ForCausalLM"
+    model = getattr(transformers, head)(config).eval()
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=g)
+            if "wte" in key or "wpe" in key or "embed" in key:
+                p.copy_(0.02 * noise)      # small, so that the first norms feel their epsilon
+            elif p.dim() == 2:
+                p.copy_(1.5 * noise / p.shape[0 if "c_" in key else 1] ** 0.5)
+            else:
+                p.copy_(0.3 * noise + ("bias" not in key))
+    return model
+
+
+def some_ids(rows, length, seed=1):
+    return torch.randint(97, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def distance(ours, theirs, idx):
+    """The largest difference of two models' logits, in standard deviations of the logits."""
+    a, b = ours(idx), theirs(idx)
+    a, b = getattr(a, "logits", a), getattr(b, "logits", b)
+    assert b.std() > 0.05
+    return ((a - b).abs().max() / b.std()).item()
+
+
+def rewrite(folder, change):
+    """Change config.json in place."""
+    path = folder / "config.json"
+    d = json.loads(path.read_text())
+    change(d)
+    path.write_text(json.dumps(d))
+
+
+def hub_spelling(d):
+    """Rotary settings as the hub's folders have them, not as transformers 5 writes them."""
+    r = d.pop("rope_parameters")
+    d["rope_theta"] = r.pop("rope_theta")
+    if "partial_rotary_factor" in r:
+        d["partial_rotary_factor"] = r.pop("partial_rotary_factor")
+    if r["rope_type"] == "longrope":
+        r["type"] = r.pop("rope_type")
+        d["original_max_position_embeddings"] = r.pop("original_max_position_embeddings")
+    d["rope_scaling"] = None if r.get("rope_type") == "default" else r
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_real_logits_agree_with_transformers(name, tmp_path):
+    theirs = reference(name)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.wte.weight.dtype == torch.float32
+    for length in (1, 24, 25, 64):          # 24: LongRoPE changes behind it
+        assert distance(ours, theirs, some_ids(3, length)) < 1e-4
+    if name in ROTARY:
+        rewrite(tmp_path, hub_spelling)
+        again = GPT.from_pretrained(tmp_path)
+        assert torch.equal(again(some_ids(2, 30)), ours(some_ids(2, 30)))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_real_cached_decoding_agrees_with_transformers(name, tmp_path):
+    theirs = reference(name)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    prompt = some_ids(1, 20)
+    want = theirs.generate(prompt, max_new_tokens=10, do_sample=False, use_cache=True)
+    assert ours.generate(prompt.tolist(), 10, temperature=0) == want[:, 20:].tolist()
+    uncached = prompt                      # ours step by step, without a cache
+    for _ in range(10):
+        uncached = torch.cat([uncached, ours(uncached)[:, -1:].argmax(-1)], 1)
+    assert uncached.tolist() == want.tolist()
+    from transformers import DynamicCache
+    cache, past = Cache(3, 20, torch.tensor([0])), DynamicCache(config=theirs.config)
+    for part in (prompt[:, :7], prompt[:, 7:8], prompt[:, 8:]):
+        with torch.no_grad():
+            a, b = ours(part, cache=cache), theirs(part, past_key_values=past, use_cache=True).logits
+        assert (a - b).abs().max() < 1e-4 * b.std()
+
+
+def test_real_ragged_prompts_agree_with_transformers(tmp_path):
+    theirs = reference("llama-3.2")
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    rows = [some_ids(1, n, seed=n)[0].tolist() for n in (3, 11, 7)]
+    for row, new in zip(rows, ours.generate(rows, 8, temperature=0)):
+        want = theirs.generate(torch.tensor([row]), max_new_tokens=8, do_sample=False)
+        assert new == want[0, len(row):].tolist()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_real_round_trip(name, tmp_path):
+    """Loaded, changed, saved: transformers takes it up, and so do we."""
+    transformers = pytest.importorskip("transformers", reason=WHY)
+    reference(name).save_pretrained(tmp_path / "a")
+    ours, idx = GPT.from_pretrained(tmp_path / "a"), some_ids(2, 30)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.mul_(1.1)
+    ours.save_pretrained(tmp_path / "b")
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", output_loading_info=True)
+    assert not any(info.values()), info
+    assert distance(ours, theirs.eval(), idx) < 1e-4
+    assert torch.equal(GPT.from_pretrained(tmp_path / "b")(idx), ours(idx))
+    ours.bfloat16().save_pretrained(tmp_path / "b")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype="auto")
+    assert theirs.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(
+        ours.float().state_dict().values(), GPT.from_pretrained(tmp_path / "b").state_dict().values()))
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"tied": False}, {"mlp": "gelu", "bias": True, "qkv_bias": True}, {"n_hidden": 60, "bias": True},
+    {"rope": {"theta": 500.0}, "norm": "rms", "mlp": "swiglu", "n_kv_head": 2},
+    {"rope": {"theta": 500.0}, "norm": "rms", "mlp": "swiglu", "head_dim": 8, "qkv_bias": True},
+    {"rope": {"theta": 500.0}, "norm": "rms", "mlp": "swiglu", "bias": True, "tied": False},
+], ids=str)
+def test_real_from_scratch_round_trip(settings, tmp_path):
+    """A model of ours becomes a GPT-2 or a Llama of theirs, with zeros for the biases it lacks."""
+    transformers = pytest.importorskip("transformers", reason=WHY)
+    torch.manual_seed(0)
+    ours, idx = GPT(Config(vocab_size=97, context=40, n_embd=48, **settings)), some_ids(2, 40)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    ours.save_pretrained(tmp_path)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert distance(ours, theirs.eval(), idx) < 1e-4
+    assert distance(ours, GPT.from_pretrained(tmp_path), idx) < 1e-5
+
+
+def test_real_a_config_that_no_folder_can_say(tmp_path):
+    pytest.importorskip("safetensors", reason=WHY)
+    with pytest.raises(ValueError, match="cannot say mlp = 'swiglu'"):
+        GPT(Config(mlp="swiglu")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot say norm = 'layer'"):
+        GPT(Config(rope={"theta": 1e4}, mlp="swiglu")).save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def scale(model, name, factor):
+    with torch.no_grad():
+        model.get_parameter(name).mul_(factor)
+
+
+PLANTS = {   # what might be wrong -> (a variant that shows it, how to do it wrong)
+    "theta 1 % off": ("llama", lambda m: m.config.rope.update(theta=m.config.rope["theta"] * 1.01)),
+    "no llama3 scaling": ("llama-3.2", lambda m: m.config.rope.pop("type")),
+    "llama3 factor": ("llama-3.2", lambda m: m.config.rope.update(factor=8.1)),
+    "llama3 low": ("llama-3.2", lambda m: m.config.rope.update(low=1.1)),
+    "llama3 high": ("llama-3.2", lambda m: m.config.rope.update(high=4.4)),
+    "longrope attention": ("phi3-longrope", lambda m: m.config.rope.update(attention=1.0)),
+    "longrope long": ("phi3-longrope", lambda m: m.config.rope.update(long=m.config.rope["short"])),
+    "longrope switch": ("phi3-longrope", lambda m: m.config.rope.update(switch=40)),
+    "partial rotary": ("phi4-mini", lambda m: m.config.rope.update(
+        dim=16, short=[1.0] * 8, long=[1.5] * 8)),
+    "eps, rms": ("llama", lambda m: [setattr(n, "eps", 1e-5) for n in m.modules() if hasattr(n, "eps")]),
+    "eps, layer": ("gpt2", lambda m: [setattr(n, "eps", 1e-6) for n in m.modules() if hasattr(n, "eps")]),
+    "no q bias": ("qwen2", lambda m: scale(m, "blocks.0.attn.qkv.bias", 0)),
+    "no out bias": ("llama-biases", lambda m: scale(m, "blocks.2.attn.out.bias", 0)),
+    "no mlp bias": ("llama-biases", lambda m: scale(m, "blocks.2.mlp.down.bias", 0)),
+    "no norm bias": ("gpt2", lambda m: scale(m, "norm.bias", 0)),
+    "norm weight": ("phi3", lambda m: scale(m, "blocks.1.norm2.weight", 1.001)),
+    "another MLP": ("gpt2", lambda m: [setattr(b.mlp, "kind", "relu2") for b in m.blocks[2:]]),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_real_the_tolerance_catches(plant, tmp_path):
+    """Each of these slips moves the logits by far more than the tolerance of the tests above."""
+    name, slip = PLANTS[plant]
+    theirs = reference(name)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    assert distance(ours, theirs, some_ids(2, 30)) < 1e-4
+    slip(ours)
+    assert distance(ours, theirs, some_ids(2, 30)) > 1e-3
+
+
+def test_real_longrope_switches_while_generating(tmp_path):
+    """The 24th token of 24 is within, the next one is not: with a cache, all is read again there."""
+    theirs = reference("phi4-mini")
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    for length in (10, 22, 23, 24, 25, 26):
+        prompt = some_ids(1, length, seed=length)
+        want = theirs.generate(prompt, max_new_tokens=12, do_sample=False, use_cache=True)
+        assert ours.generate(prompt.tolist(), 12, temperature=0) == want[:, length:].tolist()
+    calls = []
+    ours.generate([[1] * 22], 6, temperature=0, edit=lambda layer, x, pos: calls.append(pos.tolist()) or x)
+    assert [len(pos[0]) for pos in calls[::3]] == [22, 1, 1, 25, 1, 1]
+
+
+def shards(folder, theirs, bins):
+    """Save in several files, as .safetensors or, by hand, as .bin."""
+    theirs.save_pretrained(folder, max_shard_size="40KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    if bins:
+        from safetensors.torch import load_file
+        for file in folder.glob("*.safetensors"):
+            torch.save(load_file(file), folder / file.name.replace("safetensors", "bin"))
+            file.unlink()
+        index["weight_map"] = {k: v.replace("safetensors", "bin") for k, v in index["weight_map"].items()}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        (folder / "model.safetensors.index.json").unlink()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-3.2", "phi4-mini"])
+@pytest.mark.parametrize("kind", ["shards", "bin", "bin shards", "no prefix"])
+def test_real_files(name, kind, tmp_path):
+    theirs = reference(name)
+    if "shards" in kind:
+        shards(tmp_path, theirs, "bin" in kind)
+    else:
+        theirs.save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        prefix = theirs.base_model_prefix + "." if kind == "no prefix" else ""
+        state = {key.removeprefix(prefix): w for key, w in theirs.state_dict().items()}
+        if name == "gpt2":      # masks that old files hold
+            state |= {f"{'' if prefix else 'transformer.'}h.0.attn.{key}": torch.ones(1) for key in ("bias", "masked_bias")}
+        if kind == "no prefix":
+            del state["lm_head.weight"]
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    assert distance(GPT.from_pretrained(tmp_path), theirs, some_ids(2, 30)) < 1e-4
+
+
+def test_real_context_cap_and_sliding_window(tmp_path):
+    for name in ("gpt2", "llama"):
+        theirs = reference(name)
+        theirs.save_pretrained(tmp_path / name)
+        ours = GPT.from_pretrained(tmp_path / name, context=20)
+        assert ours.config.context == 20
+        assert distance(ours, theirs, some_ids(2, 20)) < 1e-4
+        assert GPT(Config(**vars(ours.config))).load_state_dict(ours.state_dict())
+        ours.save_pretrained(tmp_path / "again")
+        assert distance(GPT.from_pretrained(tmp_path / "again"), theirs, some_ids(2, 20)) < 1e-4
+    theirs = reference("phi3", sliding_window=17)
+    theirs.save_pretrained(tmp_path / "window")
+    with pytest.warns(UserWarning, match="capped at 17"):
+        ours = GPT.from_pretrained(tmp_path / "window")
+    assert ours.config.context == 17
+    assert distance(ours, theirs, some_ids(2, 17)) < 1e-4
+    assert distance(ours, theirs, some_ids(2, 18)) > 1e-3   # indeed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GPT.from_pretrained(tmp_path / "window", context=17)
+        GPT.from_pretrained(tmp_path / "window", context=17).save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("llama", {"model_type": "mixtral"}, "model_type 'mixtral'"),
+    ("llama", {"model_type": None}, "model_type None"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ("llama", {"hidden_act": "gelu_new"}, "hidden_act 'gelu_new'"),
+    ("gpt2", {"activation_function": "gelu"}, "activation_function 'gelu'"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "'yarn'"),
+    ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rotary"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 4}}, "lacks 'original_max"),
+    ("phi3-longrope", {"rope_parameters": longrope(5)}, "4 numbers"),
+    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ("llama", {"num_local_experts": 8}, "num_local_experts"),
+    ("llama", {"hidden_size": ...}, "lacks 'hidden_size'"),
+    ("llama", {"num_hidden_layers": 2}, "model.layers.2.input_layernorm.weight is unexpected"),
+    ("llama", {"num_hidden_layers": 4}, "model.layers.3.self_attn.q_proj.weight is missing"),
+    ("llama", {"attention_bias": True}, "model.layers.0.self_attn.q_proj.bias is missing"),
+    ("llama-biases", {"attention_bias": False}, "q_proj.bias is unexpected"),
+    ("llama", {"num_key_value_heads": 3}, r"k_proj.weight is \(48, 48\) and should be \(24, 48\)"),
+    ("llama", {"tie_word_embeddings": True}, "lm_head.weight is not the embedding"),
+    ("llama-3.2", {"tie_word_embeddings": False}, "lm_head.weight is missing"),
+    ("gpt2", {"n_inner": 50}, r"c_fc.weight is \(48, 192\) and should be \(48, 50\)"),
+    ("gpt2", {"n_positions": 32}, r"transformer.wpe.weight is \(64, 48\) and should be \(32, 48\)"),
+    ("gpt2", {"vocab_size": 96}, r"transformer.wte.weight is \(97, 48\) and should be \(96, 48\)"),
+])
+def test_real_what_does_not_fit_is_named(name, change, message, tmp_path):
+    reference(name).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda d: d.update(change))if ... not in change.values() else rewrite(
+        tmp_path, lambda d: [d.pop(key) for key in change])
+    with pytest.raises(ValueError, match=message) as error:
+        GPT.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_real_missing_files_and_packages(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        GPT.from_pretrained(tmp_path)
+    reference("gpt2").save_pretrained(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "safetensors", None)
+        patch.setitem(sys.modules, "safetensors.torch", None)
+        with pytest.raises(ImportError, match="pip install safetensors"):
+            GPT.from_pretrained(tmp_path)
+        with pytest.raises(ImportError, match="pip install safetensors"):
+            GPT(Config()).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        GPT.from_pretrained(tmp_path)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_real_a_pickle_runs_nothing(tmp_path):
+    reference("gpt2").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Bomb(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="not loaded") as error:
+        GPT.from_pretrained(tmp_path)
+    assert not (tmp_path / "ran").exists() and "\n" not in str(error.value)
+    with (tmp_path / "pytorch_model.bin").open("wb") as file:
+        pickle.dump(Bomb(tmp_path / "ran"), file, protocol=2)
+    with pytest.raises(ValueError, match="not loaded"):
+        GPT.from_pretrained(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"rope": {"theta": 1e4}, "norm": "rms", "mlp": "swiglu"}])
+def test_real_activation_checkpointing_changes_nothing(settings):
+    torch.manual_seed(0)
+    model, idx = GPT(Config(vocab_size=97, n_layer=3, n_embd=32, **settings)), some_ids(2, 20)
+
+    def step(checkpoint):
+        calls, model.checkpoint = [], checkpoint
+        model.zero_grad()
+        loss = model(idx, edit=lambda layer, x, pos: calls.append(layer) or x + layer).square().mean()
+        loss.backward()
+        return loss, calls, [p.grad.clone() for p in model.parameters()]
+
+    (a, calls, grads), (b, again, others) = step(False), step(True)
+    assert calls == again == [1, 2, 3]
+    assert torch.equal(a, b) and all(torch.equal(g, h) for g, h in zip(grads, others))
+
+
+LLAMA_HUB = dict(model_type="llama", hidden_act="silu", rms_norm_eps=1e-5, tie_word_embeddings=True,
+                 attention_bias=False, mlp_bias=False, max_position_embeddings=131072,
+                 rope_theta=500000.0, vocab_size=128256, intermediate_size=8192, rope_scaling=dict(
+                     factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0,
+                     original_max_position_embeddings=8192, rope_type="llama3"))
+PHI_HUB = dict(model_type="phi3", hidden_act="silu", hidden_size=3072, intermediate_size=8192,
+               num_hidden_layers=32, rms_norm_eps=1e-5, rope_theta=10000.0,
+               original_max_position_embeddings=4096)
+HUB = {   # config.json as the hub has it, in the lines that matter -> parameters of the real model
+    "gpt2": (124_439_808, dict(
+        model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_ctx=1024,
+        n_embd=768, n_head=12, n_layer=12, n_positions=1024, vocab_size=50257)),
+    "Llama-3.2-1B": (1_235_814_400, LLAMA_HUB | dict(
+        hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64)),
+    "Llama-3.2-3B": (3_212_749_824, LLAMA_HUB | dict(
+        hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, head_dim=128)),
+    "Phi-3-mini-4k": (3_821_079_552, PHI_HUB | dict(
+        max_position_embeddings=4096, num_attention_heads=32, num_key_value_heads=32, rope_scaling=None,
+        sliding_window=2047, tie_word_embeddings=False, vocab_size=32064)),
+    "Phi-3-mini-128k": (3_821_079_552, PHI_HUB | dict(
+        max_position_embeddings=131072, num_attention_heads=32, num_key_value_heads=32,
+        sliding_window=262144, tie_word_embeddings=False, vocab_size=32064,
+        rope_scaling={"type": "su", "short_factor": [1.05] * 48, "long_factor": [1.03] * 48})),
+    "Phi-4-mini": (3_836_021_760, PHI_HUB | dict(
+        max_position_embeddings=131072, num_attention_heads=24, num_key_value_heads=8,
+        partial_rotary_factor=0.75, sliding_window=262144, tie_word_embeddings=True, vocab_size=200064,
+        attention_bias=False, lm_head_bias=False, mlp_bias=False, full_attn_mod=1, interpolate_factor=1,
+        rope_scaling={"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.1] * 48})),
+    "Qwen2.5-0.5B": (494_032_768, dict(
+        model_type="qwen2", hidden_act="silu", hidden_size=896, intermediate_size=4864,
+        max_position_embeddings=32768, max_window_layers=24, num_attention_heads=14,
+        num_hidden_layers=24, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1000000.0,
+        sliding_window=32768, tie_word_embeddings=True, use_mrope=False, use_sliding_window=False,
+        vocab_size=151936)),
+    "SmolLM2-135M": (134_515_008, dict(
+        model_type="llama", hidden_act="silu", hidden_size=576, intermediate_size=1536,
+        max_position_embeddings=8192, num_attention_heads=9, num_hidden_layers=30,
+        num_key_value_heads=3, pretraining_tp=1, rms_norm_eps=1e-5, rope_interleaved=False,
+        rope_scaling=None, rope_theta=100000, tie_word_embeddings=True, vocab_size=49152)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:this model's attention")
+@pytest.mark.parametrize("name", HUB)
+def test_real_real_sizes(name):
+    """The hub's settings, without the weights: the parameters add up to the published number."""
+    want, settings = HUB[name]
+    with torch.device("meta"):
+        model = GPT(config_of(settings))
+    assert sum(p.numel() for p in model.parameters()) == want
+    if name in ("Llama-3.2-3B", "Phi-3-mini-4k", "Phi-4-mini"):
+        assert model.config.n_embd == 3072
+    if name == "Phi-4-mini":
+        assert model.config.rope["attention"] == pytest.approx(1.1902380714238083)
+        assert model.config.rope["dim"] == 96
+
+
+# ------------------------------------------------------------------------------------ tokenizers
+
+NASTY = ["", " ", "  ", "\n", "a", " a", "a ", "Hello, world!", "I'm, he'LL they'Ve it'ſ O'Neil's 'tis",
+         "x  = 1\n\tif  y:\n\n\n        return  {'a': [1,2]}  # 12345678901\r\n\r\n", "100000 3.14159 1e-7",
+         "   leading", "trailing   ", "a\u00a0b\u2003c\u3000d\x85e\u2028f\u200bg\x1cx\x0bx\x0c",
+         "naïve café / nai\u0308ve cafe\u0301 e\u0301\u0323 \u1e9b\u0323", "ﬁ ﬂ Ⅷ ² ½ ٣ १२३ 〇 四",
+         "日本語のテキスト、中文。한국어 조합 \u1112\u1161\u11ab", "Здравствуй, мир! Ελληνικά עברית العربية ไทย हिन्दी",
+         "😀👩‍👩‍👧‍👦🏳️‍🌈🇩🇪 👍🏽", "<|endoftext|><|end|> <s>[INST]</s> <|im_start|>user <|eot_id|>",
+         "\x00\x01\x7f\x80\xff\ufffd\ufeff", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 Ǆǅǆ ʰ ª", "a" * 300 + " " * 90 + "!" * 70,
+         "https://example.org/a?b=c&d=%20#e user@mail.com C:\\dir\\file.txt", "ĠĊ Ġhello",
+         "camelCaseHTTPServer SNAKE_CASE mixedUPlow", "tab\t\ttab\n \n  \n", "1 2  3   4 a1b2 ²3"]
+GPT2_CUT = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+NO_CUT = GPT2_CUT | {"use_regex": False}
+CL100K = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+O200K = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+         r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
+         r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def split(pattern, behavior="Isolated", invert=False):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+
+
+TOKENIZERS = {   # name -> what its tokenizer.json has as pre_tokenizer
+    "gpt2": GPT2_CUT,
+    "llama3": {"type": "Sequence", "pretokenizers": [split(CL100K % "1,3"), NO_CUT]},
+    "qwen2": {"type": "Sequence", "pretokenizers": [split(CL100K % "1"), NO_CUT]},
+    "phi4": {"type": "Sequence", "pretokenizers": [split(O200K, "Removed", True), NO_CUT]},
+    "smollm2": {"type": "Sequence",
+                "pretokenizers": [{"type": "Digits", "individual_digits": True}, GPT2_CUT]},
+}
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|begin_of_text|>"]
+
+
+def tokenizer_json(name, vocab_size=900):
+    """A small trained tokenizer with the folder's own settings, as a tokenizer.json."""
+    tokenizers = pytest.importorskip("tokenizers", reason=WHY)
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    d = json.loads(core.to_str())
+    d["pre_tokenizer"], d["decoder"] = TOKENIZERS[name], GPT2_CUT
+    d["normalizer"] = {"type": "NFC"} if name == "qwen2" else None
+    core = tokenizers.Tokenizer.from_str(json.dumps(d))
+    files = [Path(D.__file__).read_text("utf-8")] + [text for text in NASTY for _ in range(3)]
+    core.train_from_iterator(files, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False, special_tokens=SPECIAL,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    d = json.loads(core.to_str())
+    if name == "llama3":
+        add_all_merges(d)
+        d["post_processor"] = {"type": "Sequence", "processors": [GPT2_CUT, {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}},
+                       {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|begin_of_text|>": {
+                "id": "<|begin_of_text|>", "ids": [2], "tokens": ["<|begin_of_text|>"]}}}]}
+    return d
+
+
+def add_all_merges(d):
+    """As Llama-3's: made from tiktoken's ranks, every way to make a token is listed, whole pieces first."""
+    vocab, merges = d["model"]["vocab"], []
+    made = dict.fromkeys(a + b for a, b in d["model"]["merges"])
+    for token in made:
+        ways = [[token[:i], token[i:]] for i in range(1, len(token))]
+        merges += sorted((way for way in ways if way[0] in vocab and way[1] in vocab),
+                         key=lambda way: (vocab[way[0]], vocab[way[1]]))
+    vocab["QzxQzxQzx"] = len(vocab)     # a token that no merge makes: it stands for a whole piece only
+    d["model"] |= {"merges": merges, "ignore_merges": True}
+
+
+def random_texts(count, seed=0):
+    """Nasty texts cut up and shuffled together."""
+    rng = random.Random(seed)
+    letters = "".join(NASTY)
+    return ["".join(rng.choice(letters) if rng.random() < 0.6 else rng.choice(NASTY)[:rng.randrange(9)]
+                    for _ in range(rng.randrange(40))) for _ in range(count)]
+
+
+def agree(ours, d):
+    import tokenizers
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(d))
+    theirs.encode_special_tokens = True
+    for text in NASTY + random_texts(2000) + ["QzxQzxQzx", "QzxQzxQzxa QzxQzxQzx !QzxQzxQzx"]:
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+    rng = random.Random(1)
+    for _ in range(500):    # random ids: broken UTF-8 and special tokens
+        ids = [rng.randrange(theirs.get_vocab_size()) for _ in range(12)]
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("ids", ["in order", "shuffled"])
+def test_real_tokens_agree_with_tokenizers(name, ids, tmp_path):
+    d = tokenizer_json(name)
+    if ids == "shuffled":
+        old = list(d["model"]["vocab"].values())
+        new = dict(zip(old, random.Random(2).sample(old, len(old))))
+        d["model"]["vocab"] = {token: new[id] for token, id in d["model"]["vocab"].items()}
+        for token in d["added_tokens"]:
+            token["id"] = new[token["id"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(d))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [
+        d["model"]["vocab"]["<|endoftext|>"], 1]}))
+    ours = D.load_tokenizer(tmp_path)
+    assert "tiktoken" in ours.encode.__qualname__
+    agree(ours, d)
+    vocab = d["model"]["vocab"]
+    assert ours.end == vocab["<|endoftext|>"] and ours.n_vocab == len(vocab)
+    assert ours.begin == (vocab["<|begin_of_text|>"] if name == "llama3" else ours.end)
+    D.save_tokenizer(ours, tmp_path / "again")          # without a config.json
+    again = D.load_tokenizer(tmp_path / "again")
+    assert (again.begin, again.end) == (ours.begin, ours.end)
+    assert all(again.encode(text) == ours.encode(text) for text in NASTY)
+    assert ours.decode([10 ** 6]) == ""                 # rows that the tokenizer does not know
+
+
+def test_real_rows_begin_and_end_as_the_folder_says():
+    d = tokenizer_json("llama3")
+    tokenizer = D.make_tokenizer(d, "<|endoftext|>")
+    row, = D.encode([D.Example("Ann:", "sees <|endoftext|>", ("a",))], tokenizer, ["a", "b"], 64)
+    assert row.prompt[0] == 2 == tokenizer.begin and row.text[-1] == 0 == tokenizer.end
+    assert not {0, 1, 2} & set(row.prompt[1:] + row.text[:-1])
+    assert tokenizer.decode(row.prompt[1:] + row.text[:-1]) == "Ann: sees <|endoftext|>"
+
+
+def test_real_gpt2_files(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason=WHY)
+    d = tokenizer_json("gpt2")
+    tokenizers.Tokenizer.from_str(json.dumps(d)).model.save(str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"vocab.json", "merges.txt"}
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    agree(D.load_tokenizer(tmp_path), d)
+
+
+def test_real_our_tokenizer_loads_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason=WHY)
+    ours = D.train_bpe([Path(D.__file__).read_text("utf-8")] + NASTY, 700)
+    D.save_tokenizer(ours, tmp_path)
+    agree(ours, json.loads((tmp_path / "tokenizer.json").read_text("utf-8")))
+    agree(D.load_tokenizer(tmp_path), json.loads((tmp_path / "tokenizer.json").read_text("utf-8")))
+    GPT(Config(vocab_size=700)).save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token_id == ours.end == ours.begin
+    for text in NASTY:
+        assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ours.encode(text)
+    assert D.load_tokenizer(tmp_path).end == ours.end   # config.json has none
+
+
+def test_real_tokenizers_that_tiktoken_cannot_express(tmp_path, monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers", reason=WHY)
+    letters = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)] + list("▁ehlowrd")
+    vocab = {token: i for i, token in enumerate(letters + ["he", "ll", "▁he", "llo", "▁hello"])}
+    merges = [("h", "e"), ("l", "l"), ("▁", "he"), ("ll", "o"), ("▁he", "llo")]
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    norm, dec = tokenizers.normalizers, tokenizers.decoders
+    core.normalizer = norm.Sequence([norm.Prepend("▁"), norm.Replace(" ", "▁")])
+    core.decoder = dec.Sequence([dec.Replace("▁", " "), dec.ByteFallback(), dec.Fuse(), dec.Strip(" ", 1, 0)])
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    core.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    ours = D.load_tokenizer(tmp_path)
+    assert ours.encode("hello") == ours.encode(" hello") == [vocab["▁hello"]]   # one space, not two
+    assert ours.decode(ours.encode("hello wörld 日本 😀")) == "hello wörld 日本 😀"
+    assert vocab["</s>"] not in ours.encode("a </s>")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match="pip install tokenizers"):
+        D.load_tokenizer(tmp_path)
+
+
+def test_real_merges_that_tiktoken_would_do_otherwise(tmp_path):
+    """One token made by two pairs, far apart in the list: tiktoken would join the second too early."""
+    d = tokenizer_json("gpt2")
+    first, last = d["model"]["merges"][0], d["model"]["merges"][-1]
+    d["model"]["merges"].append(first)                  # twice the same pair: the later place counts
+    (tmp_path / "tokenizer.json").write_text(json.dumps(d))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    ours = D.load_tokenizer(tmp_path)
+    assert "tiktoken" not in ours.encode.__qualname__
+    agree(ours, d)
+
+
+def test_real_tokenizer_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        D.load_tokenizer(tmp_path)
+    D.save_tokenizer(D.train_bpe(["a"], 300), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="eos_token_id"):
+        D.load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 999}')
+    with pytest.raises(ValueError, match="999"):
+        D.load_tokenizer(tmp_path)
