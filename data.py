@@ -659,6 +659,7 @@ class Batch(NamedTuple):
     idx: torch.Tensor       # (B, T) int64
     targets: torch.Tensor   # (B, T) int64, -100 where nothing is to be predicted
     y: torch.Tensor         # (B, K) float32
+    chance: torch.Tensor    # (B,) float32 in [0, 1): a random number for whoever needs one
 
 
 def encode(examples: Iterable[Example], tokenizer: Tokenizer, concepts: list[str],
@@ -698,11 +699,10 @@ def batch(rows: list[Row], step: int, size: int, seed: int, no_prompt: float = 0
     chosen = [rows[j] for j in order[chunk * 32 * size:(chunk + 1) * 32 * size].tolist()]
     chosen.sort(key=lambda row: len(row.prompt) + len(row.text))
     chosen = chosen[i * size:(i + 1) * size]
-    if no_prompt > 0:
-        draws = np.random.default_rng([seed, 1, step]).random(len(chosen))
-        chosen = [row._replace(prompt=row.prompt[:1]) if draw < no_prompt else row
-                  for row, draw in zip(chosen, draws)]
-    return pad(chosen)
+    drop, chance = np.random.default_rng([seed, 1, step]).random((2, len(chosen)), dtype=np.float32)
+    chosen = [row._replace(prompt=row.prompt[:1]) if draw < no_prompt else row
+              for row, draw in zip(chosen, drop)]
+    return pad(chosen)._replace(chance=torch.from_numpy(chance))
 
 
 def pad(rows: list[Row]) -> Batch:
@@ -719,4 +719,4 @@ def pad(rows: list[Row]) -> Batch:
         idx[b, :length] = (row.prompt + row.text)[:-1]
         targets[b, len(row.prompt) - 1:length] = row.text
     y = torch.tensor([row.label for row in rows], dtype=torch.float32)
-    return Batch(torch.from_numpy(idx), torch.from_numpy(targets), y)
+    return Batch(torch.from_numpy(idx), torch.from_numpy(targets), y, torch.zeros(len(rows)))

@@ -62,7 +62,7 @@ class Size:
     first_layer: int = 2        # k: flags stand in the stream after this block and all later ones
     supply: float = 0.9         # p: the share of sequences whose flags are supplied in stage 2
     weight: float = 1.0         # lambda, of the flag loss
-    no_prompt: float = 0.05     # share of the training sequences that are shown without prompt
+    no_prompt: float = 0.3      # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every measured figure
     track: int = 64             # held-out prompts behind every point of a trajectory
     every: int = 50             # steps from one point of a trajectory to the next
@@ -91,7 +91,7 @@ def rng(*seed):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
 
-SUPPLY, WRITING = range(2)      # the purposes
+SHUFFLE, WRITING = range(2)      # the purposes
 CHECKPOINT_SECONDS = 30
 
 
@@ -113,28 +113,31 @@ def place(flags, x_width, values):
     return full, fenced
 
 
-def install(flags, supply, seed, width):
+def install(flags, supply, width):
     """The method: for each training step an edit that reads and writes, and the flag loss.
 
-    supply(step) is p, the share of sequences in which the flags are supplied: 0 in stage 1.
+    supply(step) is p, the share of sequences in which the flags are supplied: 0 in stage 1. Where
+    a sequence shows no prompt it is half of that, so that the model also learns to write with
+    flags of its own, but never has to look for the concept in a prompt again.
     Flag positions run from the last token of the prompt to the end of the text: there the model
     is about to generate, and there alone a batch has targets.
     """
     def arm(step, batch):
-        idx, targets, y = batch                                     # (B, T), (B, T), (B, K)
-        on = (targets >= 0)[..., None]                              # (B, T, 1) flag positions
-        lucky = torch.rand(len(y), generator=rng(seed, SUPPLY, step)) < supply(step)
+        idx, targets, y, chance = batch                     # (B, T), (B, T), (B, K), (B,)
+        on = (targets >= 0)[..., None]                      # (B, T, 1) flag positions
+        bare = on[:, 0, 0]                                  # (B,) no prompt: the text begins at once
+        supplied = chance < supply(step) * torch.where(bare, 0.5, 1.0)
         full, fenced = place(flags, width, y)
-        write = on & lucky.to(y.device)[:, None, None] & fenced     # (B, T, C)
+        write = on & supplied[:, None, None] & fenced       # (B, T, C)
         losses = []
 
-        def edit(layer, x, pos):                                    # x (B, T, C)
+        def edit(layer, x, pos):                            # x (B, T, C)
             if layer < flags.layer:
                 return x
-            f = x[..., flags.dims]                                  # read: (B, T, K)
+            f = x[..., flags.dims]                          # read: (B, T, K)
             losses.append(((f - y[:, None]) ** 2 * on).sum() / (on.sum() * y.size(1)))
-            return torch.where(write, full.to(x.dtype), x)          # write: the slice is now y
-        return edit, lambda: sum(losses) / len(losses)              # mean over the layers >= k
+            return torch.where(write, full.to(x.dtype), x)  # write: the slice is now y
+        return edit, lambda: sum(losses) / len(losses)      # mean over the layers >= k
     return arm
 
 
@@ -172,14 +175,14 @@ def read(model, flags, prompts):
 
 # ---------------------------------------------------------------------------- training
 
-def optimizers(model, s, lr):
+def optimizers(model, s, lr, blocks=None):
     """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for embeddings and norms.
 
     On the stories Muon needs less than half of AdamW's steps to the same loss, and the decay of
     its matrices is what erodes an unused route. Embeddings want a far higher rate: the words of a
     concept have to find together.
     """
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad]
+    matrices = [p for p in (blocks or model.blocks).parameters() if p.dim() == 2 and p.requires_grad]
     ids = set(map(id, matrices))
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
     return [torch.optim.Muon(matrices, lr, weight_decay=s.decay, adjust_lr_fn="match_rms_adamw"),
@@ -196,8 +199,22 @@ def lm_loss(model, batch, edit=None):
     """Mean loss (nats a token) over the text's tokens; the prompt's are given, not predicted."""
     on = batch.targets >= 0
     with torch.autocast(batch.idx.device.type, torch.bfloat16):
-        logits = model.head(model.stream(batch.idx, edit)[on])      # (positions with a target, V)
+        logits = model(batch.idx, edit, at=on)              # (positions with a target, V)
     return F.cross_entropy(logits.float(), batch.targets[on])
+
+
+def train_step(model, opts, batch, arm=None, step=0, weight=1.0):
+    """One step down the gradient of LM loss + weight x flag loss: (LM loss, flag loss, norm)."""
+    edit, flag_loss = arm(step, batch) if arm else (None, None)
+    lm = lm_loss(model, batch, edit)
+    flag = flag_loss() if arm else torch.zeros(())
+    (lm + weight * flag).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    for opt in opts:
+        if math.isfinite(norm):     # else the last good weights stay
+            opt.step()
+        opt.zero_grad()
+    return lm.item(), flag.item(), norm
 
 
 def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
@@ -229,24 +246,18 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
     for step in range(begin, steps):
         started = time.time()
         batch = to(run.device, D.batch(run.train, step, s.batch, run.seed, s.no_prompt))
-        edit, flag_loss = arm(step, batch) if arm else (None, None)
-        lm = lm_loss(model, batch, edit)
-        flag = flag_loss() if arm else torch.zeros(())
-        (lm + s.weight * flag).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not math.isfinite(norm):
-            last = f"{file} holds step {begin}" if file.exists() else "there is no checkpoint yet"
-            raise Stop(f"{name}, step {step}: the loss is {lm.item():.3g}, its gradient {norm:.3g}; "
-                       f"{last}. Lower the learning rate")
         for opt, peak in zip(opts, peaks):
             opt.param_groups[0]["lr"] = peak * schedule(step, steps)
-            opt.step()
-            opt.zero_grad()
+        lm, flag, norm = train_step(model, opts, batch, arm, step, s.weight)
+        if not math.isfinite(norm):
+            last = f"{file} holds step {begin}" if file.exists() else "there is no checkpoint yet"
+            raise Stop(f"{name}, step {step}: the loss is {lm:.3g}, its gradient {norm:.3g}; "
+                       f"{last}. Lower the learning rate")
         seconds, tokens, done = seconds + time.time() - started, tokens + batch.idx.numel(), step + 1
 
         if done % s.every == 0 or done == steps:
             log.append({"step": done, "stage": stage(step), "lm_loss": held_out(run, model),
-                        "flag_loss": flag.item(), "train_loss": lm.item()})
+                        "flag_loss": flag, "train_loss": lm})
             if name != "base" and run.tracked:
                 log[-1] |= track(run, model)
         if time.time() - saved_at > CHECKPOINT_SECONDS or done == steps or run.signal:
@@ -258,7 +269,7 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
         noted = log and log[-1]["step"] == done
         if time.time() - shown_at > 1 or noted:
             shown_at, left = time.time(), (steps - done + run.later[name]) * seconds / done
-            point = {"lm": lm.item(), "flags": flag.item()} | (log[-1] if log else {})
+            point = {"lm": lm, "flags": flag} | (log[-1] if log else {})
             shown = ("lm", "flags", "intact", "blank", "conflict")
             progress(f"{name:7s} {done:4d}/{steps}  "
                      + "  ".join(f"{key} {point[key]:.3f}" for key in shown if key in point)
@@ -697,7 +708,7 @@ def train_all(run):
           f"{len(run.data.train):,} training examples of {run.data.name}, results in {run.out}")
     logs = {"base": fit(run, "base", base, s.base)}
     flags, control = copy_of(run, base), copy_of(run, base)
-    arm = install(run.flags, supply_schedule(s), run.seed, s.width)
+    arm = install(run.flags, supply_schedule(s), s.width)
     logs["flags"] = fit(run, "flags", flags, steps, arm, lambda step: 1 if step < s.produce else 2)
     logs["control"] = fit(run, "control", control, steps)
     return (base, flags, control), logs
@@ -869,7 +880,7 @@ def unsteered(ids, values):
 def shuffled(arm, seed):
     """The same arm with the labels of each batch dealt out anew: flags that mean nothing."""
     def new(step, batch):
-        order = torch.randperm(len(batch.y), generator=rng(seed, SUPPLY, step, 1))
+        order = torch.randperm(len(batch.y), generator=rng(seed, SHUFFLE, step))
         return arm(step, batch._replace(y=batch.y[order.to(batch.y.device)]))
     return new
 
@@ -980,7 +991,7 @@ def compare(run):
                 for strength, (model, by) in ways.items()}
         return max(wins, key=wins.get)
 
-    method = lambda supply: install(run.flags, supply, run.seed, s.width)
+    method = lambda supply: install(run.flags, supply, s.width)
     directions = means(run, control)
     others = list(range(len(run.flags.dims)))
     routed = trained("routing", route(run))
@@ -1054,12 +1065,12 @@ def sweep(run, name):
             r = dataclasses.replace(run, flags=Flags(value, run.flags.dims))
         elif name == "width":   # with fewer flags than concepts the first ones, with more copies
             r = dataclasses.replace(run, flags=Flags(run.flags.layer, list(range(s.width - value, s.width))))
-            whole = install(r.flags, supply_schedule(s), run.seed, s.width)
+            whole = install(r.flags, supply_schedule(s), s.width)
             which = torch.arange(value, device=run.device) % K
             arm = lambda step, batch, whole=whole, which=which: whole(step, batch._replace(y=batch.y[:, which]))
         else:
             r = dataclasses.replace(run, size=dataclasses.replace(s, **{name: value}))
-        arm = arm or install(r.flags, supply_schedule(r.size), run.seed, s.width)
+        arm = arm or install(r.flags, supply_schedule(r.size), s.width)
         r.later = {f"{name}-{value}": steps * (len(values) - i - 1)}
         model = copy_of(run, base)
         r = dataclasses.replace(r, tracked=None) if name == "width" else r
@@ -1085,6 +1096,122 @@ def sweep(run, name):
     right.legend(fontsize=8)
     fig.savefig(run.out / f"sweep-{name}.png", dpi=120)
     print(f"Wrote {run.out / f'sweep-{name}.json'}, {run.out / f'sweep-{name}.png'}")
+
+
+# ---------------------------------------------------------------------------- speed: --bench
+
+def rounds(jobs, count=5):
+    """Median seconds of each job; they take turns, so that a noisy machine is noisy for all."""
+    times = {name: [] for name in jobs}
+    for turn in range(count + 1):
+        for name, job in jobs.items():
+            started = time.perf_counter()
+            job()
+            if turn:        # the first turn warms up
+                times[name].append(time.perf_counter() - started)
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def matmul_peak(s, tokens):
+    """The best bfloat16 rate (GFLOP/s) of this machine on the matmuls of one block."""
+    shapes = [(s.width, 3 * s.width), (s.width, s.width), (s.width, 4 * s.width), (4 * s.width, s.width)]
+    jobs, work = {}, {}
+    for a, b in shapes:
+        x, w = torch.randn(tokens, a).bfloat16(), torch.randn(b, a).bfloat16()
+        jobs[a, b] = lambda x=x, w=w: [F.linear(x, w) for _ in range(20)]
+        work[a, b] = 20 * 2 * tokens * a * b
+    return max(work[shape] / seconds for shape, seconds in rounds(jobs).items()) / 1e9
+
+
+def bench(run):
+    """Tokens a second of training and writing, beside the same shapes in transformers."""
+    s = run.size
+    batches = [to(run.device, D.batch(run.train, step, s.batch, run.seed)) for step in range(8)]
+    tokens = sum(batch.idx.numel() for batch in batches)
+    arm = install(run.flags, lambda step: s.supply, s.width)
+    train, writes = {}, {}
+
+    def training(model, arm=None, opts=None, step=train_step):
+        opts = opts or optimizers(model, s, 1e-3)
+        return lambda: [step(model, opts, batch, arm) for batch in batches]
+
+    for name, with_arm in (("base", None), ("flags", arm), ("control", None)):
+        train[name] = training(new_model(run), with_arm)
+
+    model, n = new_model(run).eval(), 64
+    for B in (1, 64):
+        ids = [run.ids(prompt) for prompt in (run.prompts.neutral * B)[:B]]
+        edit = steer(run.flags, s.width, (last(ids), torch.ones(B, len(run.data.concepts))))
+        writes[B, "free"] = lambda ids=ids: model.generate(ids, n, generator=rng(0))
+        writes[B, "steered"] = lambda ids=ids, edit=edit: model.generate(ids, n, edit, generator=rng(0))
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        print("transformers is not installed (pip install transformers): no comparison with it")
+    else:
+        theirs = GPT2LMHeadModel(GPT2Config(
+            vocab_size=model.config.vocab_size, n_positions=s.context, n_embd=s.width, n_layer=s.layers,
+            n_head=s.heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+            bos_token_id=run.tok.end, eos_token_id=None, pad_token_id=run.tok.end)).to(run.device)
+
+        def their_step(model, opts, batch, arm):
+            labels = F.pad(batch.targets, (1, 0), value=-100)[:, :-1]       # they shift them back
+            with torch.autocast(run.device.type, torch.bfloat16):
+                loss = model(input_ids=batch.idx, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for opt in opts:
+                opt.step()
+                opt.zero_grad()
+
+        def with_attention(kind, job):
+            def go():
+                theirs.set_attn_implementation(kind)
+                job()
+            return go
+        opts = optimizers(theirs, s, 1e-3, theirs.transformer.h)
+        job = training(theirs, opts=opts, step=their_step)
+        for kind in ("eager", "sdpa"):
+            train["transformers", kind] = with_attention(kind, job)
+            for B in (1, 64):
+                ids = [run.ids(prompt) for prompt in (run.prompts.neutral * B)[:B]]
+                longest = max(map(len, ids))
+                idx = torch.tensor([[run.tok.end] * (longest - len(i)) + i for i in ids])
+                mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids])
+                writes[B, "transformers", kind] = with_attention(kind, lambda idx=idx, mask=mask:
+                    theirs.generate(idx, attention_mask=mask, max_new_tokens=n, min_new_tokens=n,
+                                    do_sample=True, temperature=0.8, top_k=0))
+
+    trained, written = rounds(train), rounds(writes)
+    rate = {name: tokens / seconds for name, seconds in trained.items()}
+    best = max((rate.get(("transformers", kind)) for kind in ("eager", "sdpa")), key=lambda r: r or 0)
+    result = {"train": {**{k: rate[k] for k in ("base", "flags", "control")}, "transformers": best},
+              "generate": {}, "peak_gflops": matmul_peak(s, tokens // len(batches)),
+              "threads": torch.get_num_threads(), "torch": torch.__version__}
+    for B in (1, 64):
+        speed = {key[1:]: B * n / seconds for key, seconds in written.items() if key[0] == B}
+        hf = [r for key, r in speed.items() if key[0] == "transformers"]
+        result["generate"][str(B)] = {"free": speed["free",], "steered": speed["steered",],
+                                      "transformers": max(hf, default=None)}
+    matrices = sum(p.numel() for p in model.blocks.parameters())
+    heads = sum((b.targets >= 0).sum().item() for b in batches) / tokens * model.head.weight.numel()
+    T = sum(b.idx.size(1) for b in batches) / len(batches)
+    flops = 6 * (matrices + heads) + 12 * s.layers * s.width * T        # for each trained token
+    result["peak_share"] = rate["base"] * flops / result["peak_gflops"] / 1e9
+
+    print(f"\n{run.settings['size']}, {run.device}, {result['threads']} threads, torch {torch.__version__}: "
+          "tokens a second, medians of 5 rounds")
+    for title, row in [("training", result["train"]),
+                       *((f"writing, batch {B}", row) for B, row in result["generate"].items())]:
+        unit = next(iter(row.values()))
+        print(f"  {title:18s}" + "  ".join(f"{name} {value:,.0f} ({value / unit:.2f})"
+                                           for name, value in row.items() if value))
+    print(f"  bfloat16 matmuls of these shapes reach {result['peak_gflops']:.0f} GFLOP/s; "
+          f"training reaches {result['peak_share']:.0%} of that")
+    path = Path("out/bench.json")
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, json.dumps(result, indent=1))
+    print(f"Wrote {path}")
 
 
 # ---------------------------------------------------------------------------- steering by hand
@@ -1202,6 +1329,7 @@ def parser():
                    "token, difference of means, gradient routing, shuffled labels, ...")
     p.add_argument("--sweep", choices=SWEEPS, help="finetune for several values of: "
                    + "; ".join(f"{name}: {what}" for name, what in SWEEPS.items()))
+    p.add_argument("--bench", action="store_true", help="how fast this machine trains and writes")
     p.add_argument("--steer", nargs="?", const="", metavar="PROMPT", help="write with a finished run's "
                    "model, its flags free and set; without PROMPT and flags: an interactive loop")
     p.add_argument("--on", nargs="+", default=[], metavar="FLAG", help="with --steer: set to 1")
@@ -1226,6 +1354,9 @@ def main(argv=None):
             steer_by_hand(args)
         else:
             run = prepare(args)
+            if args.bench:
+                bench(run)
+                return 0
             with locked(run, args.fresh):
                 if args.compare:
                     compare(run)

@@ -223,14 +223,15 @@ class GPT(nn.Module):
                 x = edit(layer, x, pos)
         return self.norm(x)
 
-    def forward(self, idx, edit=None, cache=None):
-        """Logits (B, T, V) of token ids idx (B, T).
+    def forward(self, idx, edit=None, cache=None, at=None):
+        """Logits (B, T, V) of token ids idx (B, T); or (N, V), where `at` (B, T) bool is true.
 
         edit(layer, x, pos) -> x is called after block `layer` (1 ... n_layer) with the residual
         stream x (B, T, C) and the absolute positions pos (B, T) or (1, T). With a Cache, idx
         continues the positions that the cache already holds.
         """
-        return self.head(self.stream(idx, edit, cache))
+        x = self.stream(idx, edit, cache)
+        return self.head(x if at is None else x[at])
 
     @torch.no_grad()
     def generate(self, prompts, n, edit=None, temperature=0.8, top_k=None, generator=None,

@@ -170,7 +170,7 @@ def test_top_k_and_sampling_follow_the_logits():
 def hand_made():
     """One sequence of four positions: prompt, last of prompt, text, padding."""
     targets = torch.tensor([[-100, 5, 6, -100]])
-    return D.Batch(torch.zeros(1, 4, dtype=torch.long), targets, torch.tensor([[1., 0., 0.]]))
+    return D.Batch(torch.zeros(1, 4, dtype=torch.long), targets, torch.tensor([[1., 0., 0.]]), torch.zeros(1))
 
 
 def test_flag_loss_against_a_hand_computed_example():
@@ -179,7 +179,7 @@ def test_flag_loss_against_a_hand_computed_example():
     x[0, 2, 13:] = torch.tensor([1.0, 2.0, 0.0])    # (2 - 0)^2             = 4
     x[0, 0] = x[0, 3] = 99.0                        # no flag positions: they must not count
     x[..., :13] = 99.0                              # no flags: nor must these
-    edit, loss = F.install(FLAGS, lambda step: 0.0, 0, C)(0, hand_made())
+    edit, loss = F.install(FLAGS, lambda step: 0.0, C)(0, hand_made())
     for layer in (1, 2, 3):                         # layer 1 is before k
         assert torch.equal(edit(layer, x if layer < 3 else torch.zeros_like(x), None),
                            x if layer < 3 else torch.zeros_like(x))
@@ -189,7 +189,7 @@ def test_flag_loss_against_a_hand_computed_example():
 
 def test_supplied_flags_are_read_before_they_are_overwritten():
     x = torch.randn(1, 4, C, requires_grad=True)
-    edit, loss = F.install(FLAGS, lambda step: 1.0, 0, C)(0, hand_made())
+    edit, loss = F.install(FLAGS, lambda step: 1.0, C)(0, hand_made())
     after = edit(2, x, None)
     assert torch.equal(after[0, 1:3, 13:], torch.tensor([[1., 0., 0.]]).expand(2, 3))
     assert torch.equal(after[0, [0, 3]], x[0, [0, 3]]) and torch.equal(after[..., :13], x[..., :13])
@@ -201,16 +201,13 @@ def test_supplied_flags_are_read_before_they_are_overwritten():
     assert x.grad[0, 1:3, 13:].ne(0).all()
 
 
-def test_the_share_of_supplied_sequences_is_p():
+def test_who_is_supplied():
     n = 4000
-    batch = D.Batch(torch.zeros(n, 1, dtype=torch.long), torch.zeros(n, 1, dtype=torch.long),
-                    torch.ones(n, K))
-    arm = F.install(FLAGS, lambda step: 0.7, 0, C)
-    share = arm(0, batch)[0](2, torch.zeros(n, 1, C), None)[:, 0, 13].mean().item()
-    assert share == pytest.approx(0.7, abs=0.04)    # 5 standard errors
-    again = arm(0, batch)[0](2, torch.zeros(n, 1, C), None)
-    other = arm(1, batch)[0](2, torch.zeros(n, 1, C), None)
-    assert again[:, 0, 13].mean().item() == share and not torch.equal(again, other)
+    targets = torch.tensor([[-100, 5], [5, 5]]).repeat(n, 1)        # with a prompt, without
+    batch = D.Batch(torch.zeros_like(targets), targets, torch.ones(2 * n, K), torch.rand(2 * n))
+    edit, _ = F.install(FLAGS, lambda step: 0.1 * step, C)(7, batch)
+    supplied = edit(2, torch.zeros(2 * n, 2, C), None)[:, 1, 13].view(n, 2).mean(0)
+    assert supplied.tolist() == pytest.approx([0.7, 0.35], abs=0.04)    # 5 standard errors
 
 
 # ---------------------------------------------------------------------------- data
@@ -505,7 +502,7 @@ def train(prepared, folder, **changes):
     with F.locked(run):
         model = F.new_model(run)
         F.fit(run, "base", model, 12)
-        arm = F.install(run.flags, lambda step: 0.5, run.seed, run.size.width)
+        arm = F.install(run.flags, lambda step: 0.5, run.size.width)
         F.fit(run, "flags", model, 12, arm, lambda step: 2)
     return model.state_dict()
 
