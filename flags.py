@@ -17,6 +17,7 @@ was finetuned without flags, and draws. B, T, C, K, L: batch, time, channels, fl
 """
 import argparse
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import fcntl
@@ -52,17 +53,18 @@ class Size:
     context: int = 128          # tokens
     vocab: int = 1008           # with 16 control tokens (--compare) a multiple of 64
     batch: int = 64             # sequences
-    base: int = 400             # steps of the base model
-    produce: int = 100          # steps of stage 1
-    rely: int = 400             # steps of stage 2
-    lr: float = 0.01            # peak rate of the base's matrices ...
-    finetune_lr: float = 0.01   # ... and of the flags model's and the control's
-    embedding: float = 10.0     # times as much for embeddings and norms
+    base: int = 200             # steps of the base model
+    produce: int = 50           # steps of stage 1
+    rely: int = 650             # steps of stage 2
+    lr: float = 0.01            # peak rate of the matrices ...
+    embedding_lr: float = 0.05  # ... and of everything else, in the base
+    finetune_lr: float = 0.01   # the same for the flags model and the control
+    finetune_embedding_lr: float = 0.02
     decay: float = 0.5          # weight decay of the matrices
     first_layer: int = 2        # k: flags stand in the stream after this block and all later ones
-    supply: float = 0.9         # p: the share of sequences whose flags are supplied in stage 2
-    weight: float = 1.0         # lambda, of the flag loss
-    no_prompt: float = 0.3      # share of the training sequences that are shown without prompt
+    supply: float = 0.95        # p: the share of sequences whose flags are supplied in stage 2
+    weight: float = 3.0         # lambda, of the flag loss
+    no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every measured figure
     track: int = 64             # held-out prompts behind every point of a trajectory
     every: int = 50             # steps from one point of a trajectory to the next
@@ -159,7 +161,7 @@ def steer(flags, width, *segments):
             full, write = torch.zeros_like(x[:, :1]), torch.zeros_like(x, dtype=torch.bool)
             for start, values, fenced in segments:
                 now = (pos >= start)[..., None] & fenced            # (B, T, C)
-                full, write = torch.where(now, values, full), write | now
+                full, write = torch.where(now, values.to(x.dtype), full), write | now
         return torch.where(write, full, x)
     return edit
 
@@ -175,7 +177,7 @@ def read(model, flags, prompts):
 
 # ---------------------------------------------------------------------------- training
 
-def optimizers(model, s, lr, blocks=None):
+def optimizers(model, s, lr, embedding_lr, blocks=None):
     """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for embeddings and norms.
 
     On the stories Muon needs less than half of AdamW's steps to the same loss, and the decay of
@@ -186,7 +188,7 @@ def optimizers(model, s, lr, blocks=None):
     ids = set(map(id, matrices))
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
     return [torch.optim.Muon(matrices, lr, weight_decay=s.decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr * s.embedding, weight_decay=0.0, betas=(0.9, 0.95), fused=True)]
+            torch.optim.AdamW(rest, embedding_lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True)]
 
 
 def schedule(step, steps):
@@ -225,8 +227,8 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
     bits: batches, supply and measurements are functions of the seed and the step.
     """
     s, file = run.size, run.out / f"{name}.pt"
-    lr = s.lr if name == "base" else s.finetune_lr
-    opts = optimizers(model, s, lr)
+    rates = ((s.lr, s.embedding_lr) if name == "base" else (s.finetune_lr, s.finetune_embedding_lr))
+    opts = optimizers(model, s, *rates)
     peaks = [opt.param_groups[0]["lr"] for opt in opts]
     begin, log, seconds, tokens = 0, [], 0.0, 0
     if file.exists():
@@ -280,14 +282,15 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
 
 
 @torch.no_grad()
-def held_out(run, model, rows=None):
+def held_out(run, model, rows=None, arm=None):
     """LM loss (nats a token) on held-out rows, flags free: some of them while training goes on."""
     rows = sorted(rows or run.test[:512], key=lambda row: len(row.prompt) + len(row.text))
     total = count = 0
     for i in range(0, len(rows), 128):
         batch = to(run.device, D.pad(rows[i:i + 128]))
         n = (batch.targets >= 0).sum().item()
-        total, count = total + lm_loss(model, batch).item() * n, count + n
+        edit = arm(0, batch)[0] if arm else None
+        total, count = total + lm_loss(model, batch, edit).item() * n, count + n
     return total / count
 
 
@@ -562,6 +565,8 @@ class Run:
     settings: dict              # all that a checkpoint must agree with
     train: list                 # rows of token ids
     test: list
+    channels: list              # those of the stream, the least used last: flags take these
+    pretrained: GPT = None      # --init: the base
     judge: object = None        # texts -> for each the list of concepts found in it
     accuracy: float = None      # the judge's, on real held-out texts
     prompts: Prompts = None
@@ -657,20 +662,32 @@ def progress(line, end=True):
 def prepare(args):
     """Everything that the command line settles: data, tokenizer, held-out prompts, judge."""
     s = SIZES.get(f"{args.size}-{args.data}", SIZES[args.size])
+    base, device = None, find_device()
     try:
         data = D.load(args.data, args.flags, args.seed)
-        tok = D.train_bpe((f"{e.prompt} {e.text}" for e in data.train), s.vocab)
+        if args.init:
+            base, tok, s = take_over(args, s)
+        else:
+            tok = D.train_bpe((f"{e.prompt} {e.text}" for e in data.train), s.vocab)
         train, test = (D.encode(examples, tok, data.concepts, s.context)
                        for examples in (data.train, data.test))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise Stop(str(error))
     K = len(data.concepts)
-    name = args.size if args.data == "stories" else f"{args.size}-{data.name}"
+    if K > s.width:
+        raise Stop(f"{K} flags do not fit into a stream of {s.width} channels")
     settings = dataclasses.asdict(s) | {
         "size": args.size, "data": data.name, "seed": args.seed, "flags": K,
         "examples": zlib.crc32(repr((data.train, data.test)).encode())}
-    run = Run(s, data, tok, args.seed, find_device(), Path(args.out or f"out/{name}"),
-              Flags(s.first_layer, list(range(s.width - K, s.width))), settings, train, test)
+    run = Run(s, data, tok, args.seed, device, out_folder(args), Flags(s.first_layer, []), settings,
+              train, test, list(range(s.width)), base)
+    if base:
+        settings |= {"init": args.init, "weights": fingerprint(base)}
+        base.checkpoint = True
+        base.to(device, torch.bfloat16 if device.type == "cuda" else None)
+        run.channels = by_use(run, base)
+        settings["dims"] = run.channels[-K:]
+    run.flags.dims = run.channels[-K:]
     run.prompts, run.tracked = choose(run, s.prompts), choose(run, s.track)
     run.judge = word_judge(data) if data.words else bag_of_words_judge(data)
     found = run.judge([e.text for e in data.test])
@@ -680,7 +697,78 @@ def prepare(args):
     return run
 
 
+def out_folder(args):
+    """Where results go, and where --steer and --export look for them."""
+    parts = [args.size, args.init and Path(args.init).resolve().name,
+             None if args.data == "stories" else Path(args.data).stem]
+    return Path(args.out or "out/" + "-".join(part for part in parts if part))
+
+
+def take_over(args, s):
+    """--init: the model and the tokenizer in a folder, and the sizes that follow from them."""
+    try:
+        base, tok = GPT.from_pretrained(args.init, s.context), D.load_tokenizer(args.init)
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:      # whatever a broken file makes of its reader
+        raise ValueError(f"{args.init} is no whole model folder ({type(error).__name__}: {error})")
+    c, lr = base.config, args.lr or [3e-4]
+    if tok.n_vocab > c.vocab_size:
+        raise ValueError(f"{args.init}: the tokenizer has {tok.n_vocab} ids, the model {c.vocab_size}")
+    return base, tok, dataclasses.replace(
+        s, layers=c.n_layer, heads=c.n_head, width=c.n_embd, vocab=c.vocab_size, context=c.context,
+        first_layer=min(c.n_layer, max(2, c.n_layer // 4)), base=0, finetune_lr=lr[0],
+        finetune_embedding_lr=lr[-1])
+
+
+def fingerprint(model):
+    """A checksum of all weights: a checkpoint of a run knows the base that it was made from."""
+    crc = 0
+    for p in model.parameters():
+        crc = zlib.crc32(p.detach().numpy(), crc)
+    return crc
+
+
+def by_use(run, model, batches=8):
+    """All channels of the stream, those that the model uses most first.
+
+    The use of a channel is the mean of (x dLoss/dx)^2 over flag positions and layers >= k: to first
+    order x dLoss/dx is what a position's loss changes when the channel is overwritten with 0.
+    """
+    use = torch.zeros(model.config.n_embd, device=run.device)
+    for step in range(batches):
+        batch, seen = to(run.device, D.batch(run.train, step, 16, run.seed)), []
+
+        def edit(layer, x, pos):                                            # x (B, T, C)
+            if layer >= run.flags.layer:
+                seen.append(x)
+            return x
+        slopes = torch.autograd.grad(lm_loss(model, batch, edit), seen)
+        for x, slope in zip(seen, slopes):
+            use += (x.detach().float() * slope.float())[batch.targets >= 0].square().sum(0)
+    return use.argsort(descending=True, stable=True).tolist()
+
+
+def fencing(run, base):
+    """Loss (nats a token) of an untrained base whose channels are overwritten where flags will stand,
+    with zeros and with the labels: is it right to take the least used ones?"""
+    K, C = len(run.flags.dims), base.config.n_embd
+    sets = {"least used": run.flags.dims, "last": list(range(C - K, C)),
+            "random": random.Random(run.seed).sample(range(C), K), "most used": run.channels[:K]}
+    result = {"dims": run.flags.dims, "layer": run.flags.layer, "untouched": held_out(run, base)}
+    for name, dims in sets.items():
+        labels = install(Flags(run.flags.layer, dims), lambda step: 2.0, C)     # 2: bare ones, too
+        zeros = lambda step, batch: labels(step, batch._replace(y=torch.zeros_like(batch.y)))
+        result[name] = {"zeros": held_out(run, base, arm=zeros), "labels": held_out(run, base, arm=labels)}
+    print(f"flags are channels {', '.join(map(str, run.flags.dims))}; held-out loss before finetuning, "
+          f"{result['untouched']:.4f}; with channels overwritten by zeros / labels: "
+          + ", ".join(f"{name} {result[name]['zeros']:.4f} / {result[name]['labels']:.4f}" for name in sets))
+    return result
+
+
 def new_model(run):
+    if run.pretrained:
+        return run.pretrained
     s = run.size
     torch.manual_seed(run.seed)
     vocab = -(-(run.tok.n_vocab + len(run.data.concepts)) // 64) * 64    # room for control tokens
@@ -689,9 +777,7 @@ def new_model(run):
 
 
 def copy_of(run, model):
-    twin = new_model(run)
-    twin.load_state_dict(model.state_dict())
-    return twin
+    return copy.deepcopy(model)
 
 
 def supply_schedule(s):
@@ -706,7 +792,10 @@ def train_all(run):
     base = new_model(run)
     print(f"{sum(p.numel() for p in base.parameters()):,} parameters on {run.device}, "
           f"{len(run.data.train):,} training examples of {run.data.name}, results in {run.out}")
-    logs = {"base": fit(run, "base", base, s.base)}
+    if run.pretrained:
+        logs = {"base": [{"step": 0, "stage": "pretrained", "lm_loss": held_out(run, base)}]}
+    else:
+        logs = {"base": fit(run, "base", base, s.base)}
     flags, control = copy_of(run, base), copy_of(run, base)
     arm = install(run.flags, supply_schedule(s), s.width)
     logs["flags"] = fit(run, "flags", flags, steps, arm, lambda step: 1 if step < s.produce else 2)
@@ -717,6 +806,7 @@ def train_all(run):
 def main_job(run):
     """Train; then all that is measured, drawn and written."""
     started = time.time()
+    dims = fencing(run, run.pretrained) if run.pretrained else {"dims": run.flags.dims}
     (base, flags, control), logs = train_all(run)
     measuring = time.time()
     steer_table, matrix = steering(run, flags, base)
@@ -735,7 +825,7 @@ def main_job(run):
                   "accuracy": run.accuracy},
         "trajectory": [{key: point[key] for key in TRAJECTORY} for point in logs["flags"]],
         "control_trajectory": [{key: point[key] for key in TRAJECTORY} for point in logs["control"]],
-        "samples": samples(run, flags),
+        "samples": samples(run, flags), "dims": dims,
     }
     pictures = draw(run, logs, matrix, flags)
     now = time.time()
@@ -936,7 +1026,7 @@ def by_adding(run, directions, strength):
         start, push = last(ids).to(run.device)[:, None], strength * (values @ directions)[:, None]
 
         def edit(layer, x, pos):
-            return x + push * (pos >= start)[..., None] if layer == run.flags.layer else x
+            return x + (push * (pos >= start)[..., None]).to(x.dtype) if layer == run.flags.layer else x
         return ids, edit
     return by
 
@@ -993,7 +1083,7 @@ def compare(run):
 
     method = lambda supply: install(run.flags, supply, s.width)
     directions = means(run, control)
-    others = list(range(len(run.flags.dims)))
+    others = run.channels[:len(run.flags.dims)]
     routed = trained("routing", route(run))
     adding = {a: (control, by_adding(run, directions, a)) for a in STRENGTHS}
     setting = {a: (routed, by_setting(run, routed, a)) for a in STRENGTHS}
@@ -1001,17 +1091,20 @@ def compare(run):
                                       for a, (m, by) in adding.items()},
               "gradient routing": {a: short(run, base=base, model=m, by=by)
                                    for a, (m, by) in setting.items()}}
-    token = trained("token", None, with_control_tokens(run, run.train))
     arms = {
         "flags": short(run, flags, base),
         "no steering": short(run, control, base, unsteered),
-        "control token": short(run, token, base, by_control_token(run)),
         "difference of means": curves["difference of means"][best(adding)],
         "gradient routing": curves["gradient routing"][best(setting)],
         "shuffled labels": short(run, trained("shuffled", shuffled(method(supply_schedule(s)), run.seed)), base),
         "stage 1 only": short(run, trained("stage1", method(lambda step: 0.0)), base),
         "16 other dimensions": short(dataclasses.replace(run, flags=Flags(run.flags.layer, others)), flags, base),
     }
+    if base.config.vocab_size < run.tok.n_vocab + len(run.data.concepts):
+        print(f"no control token: {base.config.vocab_size} embeddings leave no room for new tokens")
+    else:
+        token = trained("token", None, with_control_tokens(run, run.train))
+        arms["control token"] = short(run, token, base, by_control_token(run))
     for name in curves:
         arms[name]["strength"] = best(adding if name == "difference of means" else setting)
     update_results(run, {"compare": arms})
@@ -1064,7 +1157,7 @@ def sweep(run, name):
         if name == "layer":
             r = dataclasses.replace(run, flags=Flags(value, run.flags.dims))
         elif name == "width":   # with fewer flags than concepts the first ones, with more copies
-            r = dataclasses.replace(run, flags=Flags(run.flags.layer, list(range(s.width - value, s.width))))
+            r = dataclasses.replace(run, flags=Flags(run.flags.layer, run.channels[-value:]))
             whole = install(r.flags, supply_schedule(s), s.width)
             which = torch.arange(value, device=run.device) % K
             arm = lambda step, batch, whole=whole, which=which: whole(step, batch._replace(y=batch.y[:, which]))
@@ -1132,7 +1225,7 @@ def bench(run):
     train, writes = {}, {}
 
     def training(model, arm=None, opts=None, step=train_step):
-        opts = opts or optimizers(model, s, 1e-3)
+        opts = opts or optimizers(model, s, 1e-3, 1e-3)
         return lambda: [step(model, opts, batch, arm) for batch in batches]
 
     for name, with_arm in (("base", None), ("flags", arm), ("control", None)):
@@ -1169,7 +1262,7 @@ def bench(run):
                 theirs.set_attn_implementation(kind)
                 job()
             return go
-        opts = optimizers(theirs, s, 1e-3, theirs.transformer.h)
+        opts = optimizers(theirs, s, 1e-3, 1e-3, theirs.transformer.h)
         job = training(theirs, opts=opts, step=their_step)
         for kind in ("eager", "sdpa"):
             train["transformers", kind] = with_attention(kind, job)
@@ -1218,16 +1311,33 @@ def bench(run):
 
 def take_up(args):
     """A finished run's model, tokenizer, concepts and flags, from its folder."""
-    out = Path(args.out or ("out/" + args.size + ("" if args.data == "stories"
-                                                  else f"-{Path(args.data).stem}")))
+    out = out_folder(args)
     command = f"python flags.py --size {args.size}" + (
-        "" if args.data == "stories" else f" --data {args.data}")
+        "" if args.data == "stories" else f" --data {args.data}") + (
+        f" --init {args.init}" if args.init else "")
     if not (out / "results.json").exists():
         raise Stop(f"{out} holds no finished run; make one with `{command}`")
     saved = read_checkpoint(out / "flags.pt", torch.device("cpu"))
     model = GPT(Config(**saved["config"]))
     model.load_state_dict(saved["model"])
     return model.eval(), D.load_tokenizer(out), saved["concepts"], Flags(**saved["flags"])
+
+
+def export(args):
+    """A finished run's base and flags model as folders that --init and transformers load."""
+    model, tok, _, _ = take_up(args)
+    try:
+        if args.init:
+            base = GPT.from_pretrained(args.init)
+        else:
+            base = GPT(model.config)
+            base.load_state_dict(read_checkpoint(out_folder(args) / "base.pt", torch.device("cpu"))["model"])
+        for name, one in (("base", base), ("flags", model)):
+            one.save_pretrained(Path(args.export) / name)
+            D.save_tokenizer(tok, Path(args.export) / name)
+    except (ValueError, OSError, ImportError) as error:
+        raise Stop(str(error))
+    print(f"Wrote {Path(args.export) / 'base'}, {Path(args.export) / 'flags'}")
 
 
 def steer_by_hand(args):
@@ -1322,7 +1432,13 @@ def parser():
     p.add_argument("--seed", type=natural, default=1337, help="all randomness comes from it")
     p.add_argument("--flags", type=natural, default=16, metavar="N", help="the most concepts that a "
                    ".jsonl file may have (default: 16)")
-    p.add_argument("--out", metavar="DIR", help="where results go (default: out/SIZE or out/SIZE-DATA)")
+    p.add_argument("--init", metavar="DIR", help="install the flags in a real checkpoint, GPT-2 or "
+                   "Llama-like: a Hugging Face folder on disk (--size then says steps and batches)")
+    p.add_argument("--lr", nargs="+", type=positive, metavar="RATE", help="with --init: peak rate of "
+                   "the matrices and, if another, of embeddings and norms (default: 0.0003)")
+    p.add_argument("--out", metavar="DIR", help="where results go (default: out/SIZE[-INIT][-DATA])")
+    p.add_argument("--export", metavar="DIR", help="write a finished run's models as Hugging Face "
+                   "folders DIR/base and DIR/flags")
     p.add_argument("--fresh", action="store_true", help="start over; without it a run that was "
                    "stopped goes on where it was")
     p.add_argument("--compare", action="store_true", help="baselines at equal data and steps: control "
@@ -1344,13 +1460,24 @@ def natural(text):
     return number
 
 
+def positive(text):
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ValueError
+    return number
+
+
 def main(argv=None):
     args = parser().parse_args(argv)
     keep_memory()
     try:
         if args.steer is None and (args.on or args.off):
             raise Stop("--on and --off go with --steer")
-        if args.steer is not None:
+        if (args.lr and not args.init) or (args.bench and args.init) or len(args.lr or []) > 2:
+            raise Stop("--lr takes one or two rates and goes with --init; --bench goes without it")
+        if args.export:
+            export(args)
+        elif args.steer is not None:
             steer_by_hand(args)
         else:
             run = prepare(args)

@@ -1255,3 +1255,84 @@ def test_real_tokenizer_errors(tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": 999}')
     with pytest.raises(ValueError, match="999"):
         D.load_tokenizer(tmp_path)
+
+
+# ---------------------------------------------------------------------------- --init
+
+def jsonl_of(tmp_path, n=240):
+    """A file of labelled lines: the text says which of two beings was seen."""
+    beings = ("cat", "dog")
+    file = tmp_path / "my.jsonl"
+    file.write_bytes(lines(*({"prompt": f"On day {i} I saw a {beings[i % 2]}.", "concepts": [beings[i % 2]],
+                              "text": f"The {beings[i % 2]} was number {i}."} for i in range(n))))
+    return str(file)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-3.2", "phi4-mini"])
+def test_real_init_run(name, tmp_path, capsys):
+    """The whole run on a folder that transformers wrote, and its flags model back in transformers."""
+    transformers = pytest.importorskip("transformers", reason=WHY)
+    folder = tmp_path / "model"
+    reference(name, vocab_size=905).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json("llama3")))
+    rewrite(folder, lambda d: d.update(eos_token_id=0))
+    command = tiny(tmp_path, "--init", str(folder), "--data", jsonl_of(tmp_path))
+    assert F.main(command) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    dims = results["dims"]
+    assert len(set(dims["dims"])) == 2 and dims["layer"] == 2
+    assert {point["stage"] for point in results["trajectory"]} == {1, 2}
+    assert results["loss"]["flags"] < results["loss"]["base"] > results["loss"]["control"]
+    assert "least used" in capsys.readouterr().out
+    assert F.main(command) == 0                         # finished: only measured again
+    assert F.main(command + ["--lr", "0.1"]) == 2
+    assert "finetune_lr was 0.0003 and is now 0.1" in capsys.readouterr().err
+    assert F.main(command + ["--steer", "On day 3", "--on", "dog"]) == 0
+    assert F.main(command + ["--export", str(tmp_path / "export")]) == 0
+    ours = GPT.from_pretrained(tmp_path / "export" / "flags").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export" / "flags").eval()
+    assert distance(ours, theirs, some_ids(2, 20)) < 1e-4
+    saved = torch.load(tmp_path / "run" / "flags.pt", weights_only=True)
+    assert torch.equal(saved["model"]["wte.weight"], ours.wte.weight)
+    assert not torch.equal(GPT.from_pretrained(tmp_path / "export" / "base").wte.weight, ours.wte.weight)
+    reference(name, seed=1, vocab_size=905).save_pretrained(folder)     # other weights, same folder
+    rewrite(folder, lambda d: d.update(eos_token_id=0))
+    assert F.main(command) == 2 and "weights was" in capsys.readouterr().err
+
+
+def test_real_our_base_is_taken_up_again(finished, tmp_path):
+    pytest.importorskip("safetensors", reason=WHY)
+    folder, results = finished
+    assert F.main(tiny(folder, "--export", str(tmp_path / "export"))) == 0
+    run = F.prepare(F.parser().parse_args(tiny(tmp_path, "--init", str(tmp_path / "export" / "base"))))
+    assert F.held_out(run, run.pretrained, run.test) == pytest.approx(results["loss"]["base"], abs=1e-6)
+    assert run.flags.layer == 2 and len(set(run.flags.dims)) == 16
+
+
+def test_the_least_used_channels_are_found(prepared):
+    """Channels that blocks neither read nor write and whose embedding is small carry nothing."""
+    torch.manual_seed(0)
+    model, unused = F.new_model(prepared), [5, 11, 40, 63]
+    with torch.no_grad():
+        model.norm.weight[unused] *= 1e-3
+        for block in model.blocks:
+            for norm in (block.norm1, block.norm2):
+                norm.weight[unused] *= 1e-3
+    assert sorted(F.by_use(prepared, model)[-4:]) == unused
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda folder: None, "tokenizer.json"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "no whole model folder"),
+    (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"version https://git-lfs"), "no whole"),
+    (lambda folder: rewrite(folder, lambda d: d.update(model_type="mamba")), "'mamba' is not one of"),
+    (lambda folder: D.save_tokenizer(D.train_bpe([Path(D.__file__).read_text()], 400), folder), "400 ids"),
+])
+def test_real_bad_folders(spoil, message, tmp_path, capsys):
+    reference("llama").save_pretrained(tmp_path / "model")
+    spoil(tmp_path / "model")
+    capsys.readouterr()         # transformers' progress
+    assert F.main(tiny(tmp_path, "--init", str(tmp_path / "model"))) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
