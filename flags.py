@@ -38,7 +38,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import data as D
 from model import GPT, Config
@@ -205,18 +209,56 @@ def lm_loss(model, batch, edit=None):
     return F.cross_entropy(logits.float(), batch.targets[on])
 
 
-def train_step(model, opts, batch, arm=None, step=0, weight=1.0):
+def parts(batch, micro=None):
+    """This process's rows of a batch, `micro` at a time: pairs of (share, part).
+
+    Both losses are means over the positions with a target. So the loss of the whole is the sum of
+    share x loss of the part, where a part's share is its share of the targets; and N times that
+    under torchrun, whose N processes average their gradients.
+    """
+    rank, N = process()
+    mine, whole = D.Batch(*(tensor[rank::N] for tensor in batch)), (batch.targets >= 0).sum()
+    for i in range(0, len(mine.idx), micro or len(mine.idx)):
+        part = D.Batch(*(tensor[i:i + (micro or len(tensor))] for tensor in mine))
+        yield N * (part.targets >= 0).sum() / whole, part
+
+
+def train_step(model, opts, batch, arm=None, step=0, weight=1.0, micro=None):
     """One step down the gradient of LM loss + weight x flag loss: (LM loss, flag loss, norm)."""
-    edit, flag_loss = arm(step, batch) if arm else (None, None)
-    lm = lm_loss(model, batch, edit)
-    flag = flag_loss() if arm else torch.zeros(())
-    (lm + weight * flag).backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    losses = torch.zeros(2, device=batch.idx.device)
+    for share, part in parts(batch, micro):
+        edit, flag_loss = arm(step, part) if arm else (None, None)
+        lm = lm_loss(model, part, edit)
+        flag = flag_loss() if arm else lm.new_zeros(())
+        (share * (lm + weight * flag)).backward()
+        losses += share * torch.stack([lm, flag]).detach()
+    if dist.is_initialized():
+        dist.all_reduce(losses)
+        losses /= dist.get_world_size()
+    norm = gather(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
     for opt in opts:
         if math.isfinite(norm):     # else the last good weights stay
-            opt.step()
+            update(opt, step)
         opt.zero_grad()
-    return lm.item(), flag.item(), norm
+    return *losses.tolist(), norm
+
+
+def update(opt, step):
+    """opt.step(); and for bfloat16 weights, whose 8 bits would round most small updates away: each
+    is stepped in float32, and then rounded up or down by chance, so that it is right on average."""
+    grads = {p: p.grad for group in opt.param_groups for p in group["params"]}
+    if next(iter(grads)).dtype != torch.bfloat16:
+        opt.step()
+        return
+    opt.zero_grad()
+    chance = torch.Generator(next(iter(grads)).device).manual_seed(step)
+    for p, grad in grads.items():       # one at a time: a float32 copy of one is all that it costs
+        p.data = p.data.float()
+        p.grad = grad.float()
+        opt.step()
+        p.grad, bits = None, p.data.view(torch.int32)
+        bits += torch.randint(1 << 16, bits.shape, generator=chance, device=p.device, dtype=torch.int32)
+        p.data = (bits & -(1 << 16)).view(torch.float32).bfloat16()
 
 
 def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
@@ -228,18 +270,19 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
     """
     s, file = run.size, run.out / f"{name}.pt"
     rates = ((s.lr, s.embedding_lr) if name == "base" else (s.finetune_lr, s.finetune_embedding_lr))
-    opts = optimizers(model, s, *rates)
+    net, owner = spread(run, model)
+    opts = optimizers(owner, s, *rates)
     peaks = [opt.param_groups[0]["lr"] for opt in opts]
     begin, log, seconds, tokens = 0, [], 0.0, 0
     if file.exists():
         saved = load(run, file)
-        model.load_state_dict(saved["model"])
-        for opt, state in zip(opts, saved["optimizers"]):
-            opt.load_state_dict(state)
+        restore(owner, opts, saved)
         begin, log, seconds, tokens = (saved[key] for key in ("step", "log", "seconds", "tokens"))
 
     def checkpoint(step):
-        save(file, {"model": model.state_dict(), "optimizers": [opt.state_dict() for opt in opts],
+        whole = gather({"model": owner.state_dict(), "optimizers": [opt.state_dict() for opt in opts]})
+        if process()[0] == 0:
+            save(file, whole | {
                     "step": step, "log": log, "seconds": seconds, "tokens": tokens,
                     "config": dataclasses.asdict(model.config), "settings": run.settings,
                     "concepts": run.data.concepts, "flags": dataclasses.asdict(run.flags)})
@@ -250,7 +293,7 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
         batch = to(run.device, D.batch(run.train, step, s.batch, run.seed, s.no_prompt))
         for opt, peak in zip(opts, peaks):
             opt.param_groups[0]["lr"] = peak * schedule(step, steps)
-        lm, flag, norm = train_step(model, opts, batch, arm, step, s.weight)
+        lm, flag, norm = train_step(net, opts, batch, arm, step, s.weight, run.micro)
         if not math.isfinite(norm):
             last = f"{file} holds step {begin}" if file.exists() else "there is no checkpoint yet"
             raise Stop(f"{name}, step {step}: the loss is {lm:.3g}, its gradient {norm:.3g}; "
@@ -258,11 +301,13 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
         seconds, tokens, done = seconds + time.time() - started, tokens + batch.idx.numel(), step + 1
 
         if done % s.every == 0 or done == steps:
+            settle(model, owner)
             log.append({"step": done, "stage": stage(step), "lm_loss": held_out(run, model),
                         "flag_loss": flag, "train_loss": lm})
             if name != "base" and run.tracked:
                 log[-1] |= track(run, model)
-        if time.time() - saved_at > CHECKPOINT_SECONDS or done == steps or run.signal:
+        run.signal, due = agree(run.signal, time.time() - saved_at > CHECKPOINT_SECONDS)
+        if due or done == steps or run.signal:
             checkpoint(done)
             begin, saved_at = done, time.time()
         if run.signal:
@@ -277,8 +322,75 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
                      + "  ".join(f"{key} {point[key]:.3f}" for key in shown if key in point)
                      + f"  {tokens / seconds:,.0f} tokens/s  ETA {left // 60:.0f}:{left % 60:02.0f}",
                      end=noted)
+    settle(model, owner)
     run.seconds[name], run.rate[name] = seconds, tokens / seconds
     return log
+
+
+# ---------------------------------------------------------------------------- several processes
+
+def process():
+    """This process's rank and their number: (0, 1) unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def spread(run, model):
+    """What fit trains, and which module owns its weights: the model, but under torchrun DDP if the
+    memory for that is there on each device, and else FSDP2, which deals weights, gradients and
+    optimizer state out to the processes (weights in float32, gathered for use in the model's dtype).
+    """
+    if not dist.is_initialized():
+        return model, model
+    if not run.shard:
+        return DistributedDataParallel(model, gradient_as_bucket_view=True), model
+    mesh = dist.init_device_mesh(run.device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=model.wte.weight.dtype, reduce_dtype=torch.float32)
+    net = copy.deepcopy(model).float()
+    for module in (*net.blocks, net):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    return net, net
+
+
+def gather(tree):
+    """Nested dicts and lists with the tensors that are dealt out to processes put together."""
+    if isinstance(tree, dict):
+        return {key: gather(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [gather(value) for value in tree]
+    return tree.full_tensor().cpu() if isinstance(tree, DTensor) else tree
+
+
+@torch.no_grad()
+def settle(model, owner):
+    """The trained weights into model, the plain one, which is measured."""
+    if owner is not model:
+        for p, trained in zip(model.parameters(), owner.parameters()):
+            p.copy_(gather(trained))
+
+
+@torch.no_grad()
+def restore(owner, opts, saved):
+    """Weights and optimizer states from a checkpoint, dealt out as owner's are."""
+    def like(p, value):
+        return distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
+
+    for name, p in owner.named_parameters():
+        p.copy_(like(p, saved["model"][name]))
+    for opt, state in zip(opts, saved["optimizers"]):
+        opt.load_state_dict(state)
+        weights = [p for group in opt.param_groups for p in group["params"]]
+        for i, values in state["state"].items():        # not in the weights' dtype, as torch has it
+            opt.state[weights[i]] = {key: like(weights[i], value) if torch.is_tensor(value) and value.dim()
+                                     else value for key, value in values.items()}
+
+
+def agree(*numbers):
+    """The largest of each number over all processes: what one was told, all do at the same step."""
+    if dist.is_initialized():
+        numbers = torch.tensor(numbers, dtype=torch.int64, device=find_device())
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        numbers = numbers.tolist()
+    return numbers
 
 
 @torch.no_grad()
@@ -571,6 +683,9 @@ class Run:
     accuracy: float = None      # the judge's, on real held-out texts
     prompts: Prompts = None
     tracked: Prompts = None
+    micro: int = None           # sequences in one forward, None: the whole batch
+    top: int = None             # blocks that are finetuned, None: everything
+    shard: bool = False         # under torchrun: FSDP2, not DDP
     signal: int = 0             # set by Ctrl-C or SIGTERM: stop after this step
     later: dict = field(default_factory=dict)       # steps that come after each training
     seconds: dict = field(default_factory=dict)
@@ -633,14 +748,16 @@ def locked(run, fresh=False):
     try:
         run.out.mkdir(parents=True, exist_ok=True)
         lock = open(run.out / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if process()[0] == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Stop(f"another run is writing to {run.out}; wait for it, or use --out DIR")
     except OSError as error:
         raise Stop(f"can't write to {run.out}: {error.strerror}; use --out DIR")
-    if fresh:
+    if fresh and process()[0] == 0:
         for name in ("base", "flags", "control"):
             (run.out / f"{name}.pt").unlink(missing_ok=True)
+    agree(0)        # all wait until the old checkpoints are gone
     before = {sig: signal.signal(sig, lambda number, frame: setattr(run, "signal", number))
               for sig in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -680,9 +797,15 @@ def prepare(args):
         "size": args.size, "data": data.name, "seed": args.seed, "flags": K,
         "examples": zlib.crc32(repr((data.train, data.test)).encode())}
     run = Run(s, data, tok, args.seed, device, out_folder(args), Flags(s.first_layer, []), settings,
-              train, test, list(range(s.width)), base)
+              train, test, list(range(s.width)), base, micro=args.micro)
+    if min(s.batch, len(train)) % process()[1]:
+        raise Stop(f"a batch of {min(s.batch, len(train))} can't be dealt out to {process()[1]} processes evenly")
     if base:
-        settings |= {"init": args.init, "weights": fingerprint(base)}
+        run.top = min(args.train, s.layers) if args.train else None
+        settings |= {"init": args.init, "weights": fingerprint(base), "train": run.top}
+        if run.top and s.layers - run.top >= s.first_layer:
+            raise Stop(f"--train {run.top} freezes block {s.first_layer}, after which the flags are to "
+                       f"stand: --train {s.layers - s.first_layer + 1} or more")
         base.checkpoint = True
         base.to(device, torch.bfloat16 if device.type == "cuda" else None)
         run.channels = by_use(run, base)
@@ -729,7 +852,7 @@ def fingerprint(model):
     return crc
 
 
-def by_use(run, model, batches=8):
+def by_use(run, model, batches=32):
     """All channels of the stream, those that the model uses most first.
 
     The use of a channel is the mean of (x dLoss/dx)^2 over flag positions and layers >= k: to first
@@ -737,7 +860,7 @@ def by_use(run, model, batches=8):
     """
     use = torch.zeros(model.config.n_embd, device=run.device)
     for step in range(batches):
-        batch, seen = to(run.device, D.batch(run.train, step, 16, run.seed)), []
+        batch, seen = to(run.device, D.batch(run.train, step, 4, run.seed)), []
 
         def edit(layer, x, pos):                                            # x (B, T, C)
             if layer >= run.flags.layer:
@@ -776,8 +899,61 @@ def new_model(run):
                       n_embd=s.width)).to(run.device)
 
 
+def needs(model, rows, length, top=None, N=1):
+    """Bytes that finetuning takes on each device, reckoned and not measured: {what: bytes}.
+
+    rows sequences of `length` tokens go through at once; top blocks are trained (None: everything);
+    N > 1: FSDP2 deals out to N processes. Activations in bfloat16: a block keeps about 8 values as
+    wide as the stream, 3 as q, k and v, 2 as the MLP's; with checkpointing that is kept (and its
+    gradients) for one block at a time, and only the stream for the others. Logits take 10 bytes:
+    bfloat16, float32, and their gradients.
+    """
+    c, block = model.config, model.blocks[0]
+    count = lambda parameters: sum(p.numel() for p in parameters)
+    size, tokens = model.wte.weight.element_size(), rows * length
+    blocks = list(model.blocks[-(top or c.n_layer):].parameters())
+    n, matrices = count(model.parameters()), count(p for p in blocks if p.dim() == 2)
+    trained, each = count(blocks) if top else n, size if N == 1 else 4 / N
+    inside = 8 * c.n_embd + 3 * len(block.attn.qkv.weight) + 2 * len(block.mlp.up.weight)
+    kept = c.n_layer * c.n_embd + 2 * inside if model.checkpoint else c.n_layer * inside
+    return {"base, flags, control": 3 * n * size + (N > 1) * n * each, "gradients": trained * each,
+            "Muon": matrices * each, "AdamW": 2 * (trained - matrices) * 4 / N,
+            "activations": 2 * tokens * kept + 10 * tokens * c.vocab_size
+            + (size == 4) * 2 * n}      # autocast's bfloat16 copies of float32 weights
+
+
+def fit_memory(run, model):
+    """Print what memory finetuning needs. Too much: FSDP2 under torchrun, else say what would help."""
+    N, device = process()[1], run.device
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
+    else:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 if device.type == "mps" else N)
+    rows = min(run.micro or run.size.batch, -(-run.size.batch // N))
+    length = max(len(row.prompt) + len(row.text) - 1 for row in run.train)
+    plan = needs(model, rows, length, run.top)
+    run.shard = N > 1 and sum(plan.values()) > room
+    if run.shard:
+        plan = needs(model, rows, length, run.top, N)
+    GB = lambda need: f"{need / 1e9:.1f} GB"
+    print(f"memory: {GB(sum(plan.values()))} of {GB(room)} on each device, reckoned: "
+          + ", ".join(f"{what} {GB(need)}" for what, need in plan.items())
+          + (f"; {N} processes, {'FSDP2' if run.shard else 'DDP'}" if N > 1 else ""))
+    if sum(plan.values()) > room:
+        fewest = run.size.layers - run.size.first_layer + 1
+        print("  it does not fit; with " + ", with ".join(
+            f"{option} {GB(sum(needs(model, *numbers).values()))}" for option, numbers in {
+                "--micro 1": (1, length, run.top, N), f"--train {fewest}": (rows, length, fewest, N),
+                f"--micro 1 --train {fewest}": (1, length, fewest, N),
+                f"torchrun --nproc_per_node={2 * N} and --micro 1": (1, length, run.top, 2 * N)}.items()))
+
+
 def copy_of(run, model):
-    return copy.deepcopy(model)
+    twin = copy.deepcopy(model)
+    if run.top:
+        twin.requires_grad_(False)
+        twin.blocks[-run.top:].requires_grad_(True)
+    return twin
 
 
 def supply_schedule(s):
@@ -790,6 +966,7 @@ def train_all(run):
     s, steps = run.size, run.size.produce + run.size.rely
     run.later |= {"base": 2 * steps, "flags": steps, "control": 0}
     base = new_model(run)
+    fit_memory(run, base)
     print(f"{sum(p.numel() for p in base.parameters()):,} parameters on {run.device}, "
           f"{len(run.data.train):,} training examples of {run.data.name}, results in {run.out}")
     if run.pretrained:
@@ -808,6 +985,8 @@ def main_job(run):
     started = time.time()
     dims = fencing(run, run.pretrained) if run.pretrained else {"dims": run.flags.dims}
     (base, flags, control), logs = train_all(run)
+    if process()[0]:
+        return
     measuring = time.time()
     steer_table, matrix = steering(run, flags, base)
     results = {
@@ -920,7 +1099,7 @@ def draw(run, logs, matrix, model):
     right.text(run.size.produce, 1.02, " stage 2", color="grey", fontsize=8)
     right.axhline(1 / len(names), color="grey", lw=0.8, ls="--")
     right.set(xlabel="step of finetuning", ylabel="share of texts", ylim=(-0.02, 1.08),
-              title="what the text follows: flags (conflict) or prompt (intact, blank)")
+              title="does the text follow the flags (conflict) or the prompt?")
     left.legend(fontsize=8), right.legend(fontsize=8)
     keep(fig, "erosion.png")
 
@@ -1064,6 +1243,8 @@ STRENGTHS = (0.5, 1, 2, 4, 8, 16)
 
 def compare(run):
     """All baselines at equal data and steps from the same base; a table and a picture."""
+    if not (run.out / "results.json").exists():
+        main_job(run)
     base, flags, control = train_all(run)[0]
     s, steps = run.size, run.size.produce + run.size.rely
     inner = dataclasses.replace(run, prompts=choose(run, s.track * 2, run.data.train))
@@ -1107,7 +1288,8 @@ def compare(run):
         arms["control token"] = short(run, token, base, by_control_token(run))
     for name in curves:
         arms[name]["strength"] = best(adding if name == "difference of means" else setting)
-    update_results(run, {"compare": arms})
+    path = run.out / "results.json"
+    write_file(path, json.dumps(json.loads(path.read_text()) | {"compare": arms}, indent=1))
 
     columns = ("neutral", "conflict", "intact", "blank", "nll_gap", "loss")
     print("\n" + " " * 22 + "".join(f"{column:>10s}" for column in columns))
@@ -1126,13 +1308,6 @@ def compare(run):
     ax.legend(fontsize=8)
     fig.savefig(run.out / "compare.png", dpi=120)
     print(f"Wrote {run.out / 'results.json'}, {run.out / 'compare.png'}")
-
-
-def update_results(run, more):
-    path = run.out / "results.json"
-    if not path.exists():
-        raise Stop(f"{path} is missing; finish the run first: the same command without this option")
-    write_file(path, json.dumps(json.loads(path.read_text()) | more, indent=1))
 
 
 # ---------------------------------------------------------------------------- sweeps: --sweep NAME
@@ -1189,6 +1364,158 @@ def sweep(run, name):
     right.legend(fontsize=8)
     fig.savefig(run.out / f"sweep-{name}.png", dpi=120)
     print(f"Wrote {run.out / f'sweep-{name}.json'}, {run.out / f'sweep-{name}.png'}")
+
+
+# ---------------------------------------------------------------------------- where it still stands: --probe
+
+def ridge(x, y, x_test, penalty=1.0):
+    """Scores of a linear probe: ridge regression of the labels y (N, K) on activations x (N, D)."""
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-4)
+    x, x_test = ((F.pad((a - mean) / std, (0, 1), value=1.0)).double() for a in (x, x_test))
+    gram = x.T @ x + penalty * torch.eye(x.size(1), dtype=x.dtype)
+    return x_test @ torch.linalg.solve(gram, x.T @ y.double())
+
+
+def untold(run, examples, n):
+    """Examples about one concept whose prompt cues it and whose text begins with a sentence that
+    names none: (prompt ids, ids up to the end of that sentence, concept, the cue's word)."""
+    found = []
+    for e in examples:
+        first, rest = re.match(r"(.*?[.!?])(.*)", e.text, re.S).groups()
+        cue = [w for w in re.findall("[a-z]+", e.prompt.lower()) if w in run.data.words]
+        if len(e.concepts) == 1 and cue and rest and not D.content(first, run.data.words):
+            ids = run.ids(e.prompt)
+            found.append((ids, ids + run.tok.encode(" " + first), run.data.concepts.index(e.concepts[0]),
+                          cue[-1]))
+    return found[:n]
+
+
+def probe(run):
+    """Linear probes for the prompt's concept: layers x positions x views x models, with the
+    selectivity of Hewitt and Liang (2019): accuracy minus that of a probe for labels that are
+    dealt out at random, one for each cue word."""
+    if not run.data.words:
+        raise Stop("--probe needs to know each word's concept; it goes with --data stories")
+    models, s, K = dict(zip(("base", "flags", "control"), train_all(run)[0])), run.size, len(run.data.concepts)
+    sets = untold(run, run.data.train, 2000), untold(run, run.data.test, 500)
+    words = sorted({word for part in sets for *_, word in part})
+    deal = dict(zip(words, np.random.default_rng(run.seed).integers(K, size=len(words)).tolist()))
+    rest = [i for i in range(s.width) if i not in run.flags.dims]
+    usual = torch.tensor([[float(c in e.concepts) for c in run.data.concepts] for e in run.data.train]).mean(0)
+    other = [[(of + 1 + i % (K - 1)) % K for i, (_, _, of, _) in enumerate(part)] for part in sets]
+    views = {"flags": (run.flags.dims, None), "rest": (rest, None),
+             "rest, flags at their mean": (rest, lambda b: usual.expand(len(b), -1)),
+             "rest, flags set to another": (rest, lambda b: hot(K, b))}
+    rows = []
+    for view, (dims, values) in views.items():
+        for name, model in models.items():
+            acts = [activations(run, model, part, values(b) if values else None)
+                    for part, b in zip(sets, other)]
+            for where in (0, 1):
+                for layer in range(s.layers):
+                    x, x_test = (a[where][layer][:, dims] for a in acts)
+                    hit = []
+                    for label in (lambda row: row[2], lambda row: deal[row[3]]):
+                        y, y_test = (torch.tensor([label(row) for row in part]) for part in sets)
+                        hit.append((ridge(x, F.one_hot(y, K), x_test).argmax(1) == y_test).double())
+                    rows.append({"model": name, "view": view, "layer": layer + 1,
+                                 "position": ("last of the prompt", "before the concept is named")[where],
+                                 "accuracy": stat(hit[0].tolist()),
+                                 "selectivity": (hit[0] - hit[1]).mean().item()})
+    write_file(run.out / "probe.json", json.dumps(rows, indent=1))
+    fig, axes = figure(2, len(views), figsize=(14, 6), sharex=True, sharey=True)
+    print("\naccuracy of linear probes (selectivity), layers 1 to " + str(s.layers))
+    for row, where in zip(axes, ("last of the prompt", "before the concept is named")):
+        for ax, view in zip(row, views):
+            for name in models:
+                line = [r for r in rows if (r["model"], r["view"], r["position"]) == (name, view, where)]
+                ax.plot([r["layer"] for r in line], [r["accuracy"]["mean"] for r in line], "o-", label=name)
+                print(f"  {where:28s}{view:28s}{name:8s}" + "  ".join(
+                    f"{r['accuracy']['mean']:.2f} ({r['selectivity']:+.2f})" for r in line))
+            ax.set(ylim=(0, 1.02), xticks=range(1, s.layers + 1), title=view if where.startswith("last") else "")
+    axes[0, 0].set_ylabel("last token of the prompt"), axes[1, 0].set_ylabel("before the concept is named")
+    axes[1, 0].set_xlabel("layer"), axes[0, 0].legend(fontsize=8)
+    fig.savefig(run.out / "probe.png", dpi=100)
+    print(f"Wrote {run.out / 'probe.json'}, {run.out / 'probe.png'}")
+
+
+@torch.no_grad()
+def activations(run, model, part, values):
+    """For `untold` examples: at the prompt's last token, and at the end of the first sentence, the
+    stream after each layer: two lists of L tensors (N, C). values (N, K): flags that are set."""
+    at_prompt, at_end = [], []
+    for i, (prompt, ids, _, _) in enumerate(part):
+        seen, edit = [], None
+        if values is not None:
+            edit = steer(run.flags, run.size.width, (torch.tensor([len(prompt) - 1]), values[i:i + 1]))
+
+        def spy(layer, x, pos):
+            x = edit(layer, x, pos) if edit else x
+            seen.append(x[0].float().cpu())
+            return x
+        model.stream(torch.tensor([ids], device=run.device), spy)
+        at_prompt.append(torch.stack([x[len(prompt) - 1] for x in seen]))
+        at_end.append(torch.stack([x[-1] for x in seen]))
+    return [torch.stack(at).unbind(1) for at in (at_prompt, at_end)]
+
+
+def relearn(run):
+    """With the flags blanked for good, how soon does the flags model learn again from the prompt
+    what its base knew; and how soon a model that never learned anything?"""
+    (base, flags, _), s = train_all(run)[0], run.size
+    zero = install(run.flags, lambda step: 2.0, s.width)    # 2: without prompt too, all are supplied
+
+    def arm(step, batch):
+        edit, _ = zero(step, batch._replace(y=torch.zeros_like(batch.y)))
+        return edit, lambda: torch.zeros((), device=run.device)
+    quick, logs = dataclasses.replace(run, size=dataclasses.replace(s, every=25)), {}
+    for i, (name, model) in enumerate({"flags": copy_of(run, flags), "scratch": new_model(run)}.items()):
+        quick.later = {f"relearn-{name}": s.rely * (1 - i)}
+        logs[name] = fit(quick, f"relearn-{name}", model, s.rely, arm)
+    write_file(run.out / "relearn.json", json.dumps(logs, indent=1))
+    fig, ax = figure(figsize=(6, 4))
+    for name, log in logs.items():
+        ax.plot([p["step"] for p in log], [p["blank"] for p in log], label=f"{name} model, flags blanked")
+    ax.axhline(reliance(run, base)["blank"]["mean"], color="grey", ls="--", lw=0.8, label="its base")
+    ax.set(xlabel="step of relearning", ylabel="text follows the prompt", ylim=(-0.02, 1.02))
+    ax.legend(fontsize=8)
+    fig.savefig(run.out / "relearn.png", dpi=120)
+    print(f"Wrote {run.out / 'relearn.json'}, {run.out / 'relearn.png'}")
+
+
+# ---------------------------------------------------------------------------- seeds: --seeds N
+
+def seeds(args):
+    """The whole job with seeds args.seed, args.seed + 1, ...; then mean and range of each figure."""
+    out, results = out_folder(args), []
+    for seed in range(args.seed, args.seed + args.seeds):
+        one = argparse.Namespace(**vars(args) | {"seed": seed, "out": str(out / f"seed-{seed}")})
+        if args.fresh or not (out / f"seed-{seed}" / "results.json").exists():
+            run = prepare(one)
+            with locked(run, args.fresh):
+                main_job(run)
+        results.append(json.loads((out / f"seed-{seed}" / "results.json").read_text()))
+    table = {}
+    for path in sorted({path for result in results for path in leaves(result)}):
+        values = [leaves(result)[path] for result in results if path in leaves(result)]
+        table[path] = {"mean": float(np.mean(values)), "low": min(values), "high": max(values), "n": len(values)}
+    write_file(out / "seeds.json", json.dumps(table, indent=1))
+    print(f"\n{args.seeds} seeds: mean [lowest, highest]")
+    for path, row in table.items():
+        print(f"  {path:28s}{row['mean']:8.3f}  [{row['low']:.3f}, {row['high']:.3f}]")
+    print(f"Wrote {out / 'seeds.json'}")
+
+
+def leaves(result):
+    """The figures of a results.json by their path: {"steer conflict": 0.98, ...}."""
+    found = {f"loss {name}": value for name, value in result["loss"].items()}
+    found["loss flags - control"] = result["loss"]["flags"] - result["loss"]["control"]
+    found["seconds"] = result["seconds"]["total"]
+    groups = {"read": result["read"], "steer": result["steer"], "judge": result["judge"]} | {
+        f"{name}": views for name, views in result["reliance"].items()}
+    for group, rows in (groups | result.get("compare", {})).items():
+        found |= {f"{group} {name}": value["mean"] for name, value in rows.items() if isinstance(value, dict)}
+    return found
 
 
 # ---------------------------------------------------------------------------- speed: --bench
@@ -1436,6 +1763,10 @@ def parser():
                    "Llama-like: a Hugging Face folder on disk (--size then says steps and batches)")
     p.add_argument("--lr", nargs="+", type=positive, metavar="RATE", help="with --init: peak rate of "
                    "the matrices and, if another, of embeddings and norms (default: 0.0003)")
+    p.add_argument("--train", type=some, metavar="N", help="with --init: finetune the last N blocks "
+                   "alone, or all, embeddings included (default: all)")
+    p.add_argument("--micro", type=some, metavar="N", help="sequences that go through the model at "
+                   "once; less memory, the same result (default: all, the whole batch)")
     p.add_argument("--out", metavar="DIR", help="where results go (default: out/SIZE[-INIT][-DATA])")
     p.add_argument("--export", metavar="DIR", help="write a finished run's models as Hugging Face "
                    "folders DIR/base and DIR/flags")
@@ -1445,6 +1776,12 @@ def parser():
                    "token, difference of means, gradient routing, shuffled labels, ...")
     p.add_argument("--sweep", choices=SWEEPS, help="finetune for several values of: "
                    + "; ".join(f"{name}: {what}" for name, what in SWEEPS.items()))
+    p.add_argument("--probe", action="store_true", help="linear probes: where can the concept be read, "
+                   "in base, flags model and control?")
+    p.add_argument("--relearn", action="store_true", help="flags blanked for good: how soon does the "
+                   "flags model learn again what its base knew?")
+    p.add_argument("--seeds", type=natural, default=1, metavar="N", help="the whole job N times, with "
+                   "seeds SEED, SEED + 1, ...; mean and range of each figure")
     p.add_argument("--bench", action="store_true", help="how fast this machine trains and writes")
     p.add_argument("--steer", nargs="?", const="", metavar="PROMPT", help="write with a finished run's "
                    "model, its flags free and set; without PROMPT and flags: an interactive loop")
@@ -1460,6 +1797,12 @@ def natural(text):
     return number
 
 
+def some(text):
+    if text != "all" and int(text) < 1:
+        raise ValueError
+    return None if text == "all" else int(text)
+
+
 def positive(text):
     number = float(text)
     if not 0 < number < math.inf:
@@ -1470,30 +1813,44 @@ def positive(text):
 def main(argv=None):
     args = parser().parse_args(argv)
     keep_memory()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:        # torchrun started several of this process
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")      # rank 0 alone speaks
     try:
         if args.steer is None and (args.on or args.off):
             raise Stop("--on and --off go with --steer")
-        if (args.lr and not args.init) or (args.bench and args.init) or len(args.lr or []) > 2:
-            raise Stop("--lr takes one or two rates and goes with --init; --bench goes without it")
+        if ((args.lr or args.train) and not args.init) or (args.bench and args.init) or len(args.lr or []) > 2:
+            raise Stop("--lr (one or two rates) and --train go with --init; --bench goes without it")
+        if process()[1] > 1 and (args.compare or args.sweep or args.bench or args.steer is not None):
+            raise Stop("torchrun is for the main job; the rest runs in one process")
         if args.export:
             export(args)
         elif args.steer is not None:
             steer_by_hand(args)
+        elif args.seeds > 1:
+            seeds(args)
         else:
             run = prepare(args)
             if args.bench:
                 bench(run)
                 return 0
             with locked(run, args.fresh):
-                if args.compare:
-                    compare(run)
-                elif args.sweep:
+                if args.sweep:
                     sweep(run, args.sweep)
                 else:
-                    main_job(run)
+                    job = (compare if args.compare else probe if args.probe else
+                           relearn if args.relearn else main_job)
+                    job(run)
     except Stop as stop:
-        print(f"flags.py: {stop}", file=sys.stderr)
+        if process()[0] == 0:
+            print(f"flags.py: {stop}", file=sys.stderr)
         return stop.status
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

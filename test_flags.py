@@ -1,4 +1,5 @@
 """Tests of the mechanism, the data and the command line. Offline; training is `--size tiny`."""
+import contextlib
 import copy
 import dataclasses
 import json
@@ -8,6 +9,7 @@ import pickle
 import random
 import re
 import signal
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -1319,6 +1321,144 @@ def test_the_least_used_channels_are_found(prepared):
             for norm in (block.norm1, block.norm2):
                 norm.weight[unused] *= 1e-3
     assert sorted(F.by_use(prepared, model)[-4:]) == unused
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--lr", "0.1"], "go with --init"),
+    (["--train", "1"], "go with --init"),
+    (["--init", "model", "--bench"], "goes without"),
+    (["--init", "nowhere"], "config.json"),
+    (["--export", "x"], "holds no finished run"),
+])
+def test_bad_options_of_real_checkpoints(tmp_path, capsys, more, message):
+    assert F.main(tiny(tmp_path, *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------- large models, many devices
+
+def exact(monkeypatch):
+    """Float32 throughout: what is left is the order of sums."""
+    monkeypatch.setattr(torch, "autocast", lambda *args: contextlib.nullcontext())
+
+
+def gradients(run, micro):
+    """Losses and gradients of one step on a batch of 16, in parts of `micro` sequences."""
+    model = F.new_model(run)
+    batch = D.batch(run.train, 0, 16, 1, no_prompt=0.3)
+    losses = F.train_step(model, [], batch, F.install(run.flags, lambda step: 0.5, run.size.width),
+                          micro=micro)
+    return losses, [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("micro", [1, 5, 16])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(prepared, micro, monkeypatch):
+    exact(monkeypatch)
+    (losses, whole), (again, parts) = gradients(prepared, None), gradients(prepared, micro)
+    assert again == pytest.approx(losses, rel=1e-5)
+    for a, b in zip(whole, parts):
+        assert torch.allclose(a, b, atol=1e-6, rtol=1e-4)
+    shares = [share.item() for share, _ in F.parts(D.batch(prepared.train, 0, 16, 1), micro)]
+    assert sum(shares) == pytest.approx(1) and (micro == 16 or len(set(shares)) > 1)
+
+
+def test_bfloat16_weights_learn_on_average():
+    """Steps far below a weight's resolution: rounded to nearest they would all be lost."""
+    weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    opts = [torch.optim.Muon([weight], 1e-4, weight_decay=0.5), torch.optim.AdamW([weight], 1e-4)]
+    for opt, expected in zip(opts, (1 - 100 * 0.5 * 1e-4, 1 - 100 * 1e-4)):
+        weight.data.fill_(1)
+        for step in range(100):
+            weight.grad = torch.full_like(weight, 1.0 if opt is opts[1] else 0.0)
+            F.update(opt, step)
+        assert weight.dtype == torch.bfloat16 and opt.state[weight]
+        assert weight.float().mean().item() == pytest.approx(expected, abs=1.5e-3)   # 2 ** -8 is a bit
+
+
+def test_steering_in_bfloat16(model):
+    half = copy.deepcopy(model).bfloat16()
+    assert len(half.generate(PROMPTS, 5, steered(PROMPTS), temperature=0)) == 3
+    assert F.read(half, FLAGS, PROMPTS).shape == (3, K)
+
+
+def test_freezing_all_but_the_last_blocks(prepared):
+    run = dataclasses.replace(prepared, top=1)
+    base = F.new_model(run)
+    twin = F.copy_of(run, base)
+    assert [name.split(".")[1] for name, p in twin.named_parameters() if p.requires_grad] == ["1"] * 6
+    assert all(p.requires_grad for p in base.parameters())
+    opts = F.optimizers(twin, run.size, 0.1, 0.1)
+    F.train_step(twin, opts, D.batch(run.train, 0, 4, 1), F.install(run.flags, lambda step: 0.5, 64))
+    assert all(torch.equal(p, q) != p.requires_grad for p, q in zip(twin.parameters(), base.parameters()))
+
+
+def test_memory_reckoned_by_hand():
+    model = GPT(Config(vocab_size=10, context=8, n_layer=2, n_head=2, n_embd=4))
+    # wte 40, wpe 32; a block: qkv 48, out 16, up 64, down 64, norms 8; the last norm 4
+    matrices, rest = 2 * 192, 40 + 32 + 2 * 8 + 4
+    n = matrices + rest
+    inside = 8 * 4 + 3 * 12 + 2 * 16
+    assert F.needs(model, 3, 8) == {
+        "base, flags, control": 3 * n * 4, "gradients": n * 4, "Muon": matrices * 4, "AdamW": 2 * rest * 4,
+        "activations": 2 * 24 * 2 * inside + 10 * 24 * 10 + 2 * n}
+    model.checkpoint = True
+    half = F.needs(model.bfloat16(), 3, 8, top=1)
+    assert half == {"base, flags, control": 3 * n * 2, "gradients": 200 * 2, "Muon": 192 * 2, "AdamW": 2 * 8 * 4,
+                    "activations": 2 * 24 * (2 * 4 + 2 * inside) + 10 * 24 * 10}
+    shared = F.needs(model, 3, 8, N=2)
+    assert shared["gradients"] == n * 2 and shared["base, flags, control"] == 3 * n * 2 + n * 2
+
+
+def test_what_does_not_fit_says_what_would_help(prepared, monkeypatch, capsys):
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)
+    F.fit_memory(prepared, F.new_model(prepared))
+    shown = capsys.readouterr().out
+    assert "does not fit" in shown and all(f"with {x}" in shown for x in ("--micro 1", "--train 2", "torchrun"))
+
+
+TWO = """
+import contextlib, dataclasses, os, sys, torch
+torch.autocast = lambda *args: contextlib.nullcontext()
+torch.set_num_threads(1)
+import test_flags, flags as F, torch.distributed as dist
+if "RANK" in os.environ:
+    dist.init_process_group("gloo")
+run = F.prepare(F.parser().parse_args(["--size", "tiny"]))
+run.shard, run.micro = sys.argv[2] == "FSDP2", 3
+run.later = {"base": 0, "flags": 0}
+run.out = F.Path(sys.argv[1])
+model = F.new_model(run)
+with F.locked(run):
+    for steps in (4, 8):    # the second time from the first one's checkpoint
+        F.schedule = lambda step, steps: 0.1
+        log = F.fit(run, "flags", model, steps, F.install(run.flags, lambda step: 0.5, 64), lambda step: 2)
+if F.process()[0] == 0:
+    torch.save((model.state_dict(), log[-1]), run.out / "result.pt")
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    """DDP and FSDP2 on gloo: the same losses and weights as one process, over a checkpoint and on."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(F.__file__).parent)}
+    results = {}
+    for kind in ("one", "DDP", "FSDP2"):
+        launch = [] if kind == "one" else ["-m", "torch.distributed.run", "--nproc_per_node=2",
+                                           "--master_port=0"]
+        (tmp_path / "two.py").write_text(TWO)
+        done = subprocess.run([sys.executable, *launch, str(tmp_path / "two.py"), str(tmp_path / kind), kind],
+                              env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results[kind] = torch.load(tmp_path / kind / "result.pt")
+    weights, log = results["one"]
+    for kind in ("DDP", "FSDP2"):
+        other, its = results[kind]
+        for key in ("lm_loss", "train_loss", "flag_loss"):
+            assert its[key] == pytest.approx(log[key], rel=1e-4)
+        for key in weights:
+            assert torch.allclose(weights[key], other[key], atol=2e-3), (kind, key)
 
 
 @pytest.mark.parametrize("spoil, message", [
