@@ -20,6 +20,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import datetime
 import fcntl
 import json
 import math
@@ -203,10 +204,18 @@ def schedule(step, steps):
 
 def lm_loss(model, batch, edit=None):
     """Mean loss (nats a token) over the text's tokens; the prompt's are given, not predicted."""
-    on = batch.targets >= 0
+    return token_losses(model, batch, edit).sum() / (batch.targets >= 0).sum()
+
+
+def token_losses(model, batch, edit=None):
+    """The loss (nats) at each position (B, T), 0 where there is no target."""
+    at = (batch.targets >= 0).flatten()
+    at[(~at).nonzero()[:-at.sum() % 256]] = True    # few different shapes: see data.pad
+    at = at.view_as(batch.targets)
     with torch.autocast(batch.idx.device.type, torch.bfloat16):
-        logits = model(batch.idx, edit, at=on)              # (positions with a target, V)
-    return F.cross_entropy(logits.float(), batch.targets[on])
+        logits = model(batch.idx, edit, at=at)      # (positions, V), those without target among them
+    losses = F.cross_entropy(logits.float(), batch.targets[at], reduction="none")
+    return torch.zeros(at.shape, device=at.device).masked_scatter(at, losses)
 
 
 def parts(batch, micro=None):
@@ -398,8 +407,9 @@ def held_out(run, model, rows=None, arm=None):
     """LM loss (nats a token) on held-out rows, flags free: some of them while training goes on."""
     rows = sorted(rows or run.test[:512], key=lambda row: len(row.prompt) + len(row.text))
     total = count = 0
-    for i in range(0, len(rows), 128):
-        batch = to(run.device, D.pad(rows[i:i + 128]))
+    at_once = run.micro or 128
+    for i in range(0, len(rows), at_once):
+        batch = to(run.device, D.pad(rows[i:i + at_once]))
         n = (batch.targets >= 0).sum().item()
         edit = arm(0, batch)[0] if arm else None
         total, count = total + lm_loss(model, batch, edit).item() * n, count + n
@@ -631,17 +641,18 @@ def fluency(run, base, texts, concepts):
     pairs = [(real[c][i % len(real[c])], text)
              for i, (c, text) in enumerate(zip(concepts, texts)) if text and real[c]]
 
-    def nll(example, text):
-        example = dataclasses.replace(example, text=text)
-        row = D.encode([example], run.tok, names, base.config.context)
-        return lm_loss(base, to(run.device, D.pad(row))).item()
+    def nll(examples):      # of each, in nats a token
+        rows = D.encode(examples, run.tok, names, base.config.context)
+        batch = to(run.device, D.pad(rows))
+        return token_losses(base, batch).sum(1) / (batch.targets >= 0).sum(1)
 
     def distinct2(texts):
         bigrams = [pair for text in texts for pair in zip(text.split(), text.split()[1:])]
         return len(set(bigrams)) / max(1, len(bigrams))
 
-    gap = [nll(example, text) - nll(example, example.text) for example, text in pairs]
-    ratio = distinct2([text for _, text in pairs]) / distinct2([e.text for e, _ in pairs])
+    steered = [dataclasses.replace(example, text=text) for example, text in pairs]
+    gap = (nll(steered) - nll([example for example, _ in pairs])).tolist() if pairs else []
+    ratio = distinct2([text for _, text in pairs]) / max(1e-9, distinct2([e.text for e, _ in pairs]))
     return stat(gap), {"mean": ratio, "low": None, "high": None, "n": len(pairs)}
 
 
@@ -906,7 +917,7 @@ def needs(model, rows, length, top=None, N=1):
     N > 1: FSDP2 deals out to N processes. Activations in bfloat16: a block keeps about 8 values as
     wide as the stream, 3 as q, k and v, 2 as the MLP's; with checkpointing that is kept (and its
     gradients) for one block at a time, and only the stream for the others. Logits take 10 bytes:
-    bfloat16, float32, and their gradients.
+    bfloat16, float32, and their gradients. Measuring takes turns with the activations and is left out.
     """
     c, block = model.config, model.blocks[0]
     count = lambda parameters: sum(p.numel() for p in parameters)
@@ -917,7 +928,7 @@ def needs(model, rows, length, top=None, N=1):
     inside = 8 * c.n_embd + 3 * len(block.attn.qkv.weight) + 2 * len(block.mlp.up.weight)
     kept = c.n_layer * c.n_embd + 2 * inside if model.checkpoint else c.n_layer * inside
     return {"base, flags, control": 3 * n * size + (N > 1) * n * each, "gradients": trained * each,
-            "Muon": matrices * each, "AdamW": 2 * (trained - matrices) * 4 / N,
+            "Muon": matrices * 4 / N, "AdamW": 2 * (trained - matrices) * 4 / N,     # in float32
             "activations": 2 * tokens * kept + 10 * tokens * c.vocab_size
             + (size == 4) * 2 * n}      # autocast's bfloat16 copies of float32 weights
 
@@ -1543,6 +1554,35 @@ def matmul_peak(s, tokens):
     return max(work[shape] / seconds for shape, seconds in rounds(jobs).items()) / 1e9
 
 
+def growth(run):
+    """How a training step and a written token grow with width, layers, context and batch: a list of
+    dicts. Memory is what the forward pass keeps for the backward pass."""
+    s, rows = run.size, []
+    plain = {"width": s.width, "layers": s.layers, "context": 64, "batch": s.batch}
+    changes = [{}, {"width": 256}, {"width": 512}, {"layers": 8}, {"layers": 16}, {"batch": 256},
+               {"context": 256, "batch": 16}, {"context": 1024, "batch": 4}, {"context": 2048, "batch": 2}]
+    for change in changes:
+        c = plain | change
+        model = GPT(Config(s.vocab, c["context"], c["layers"], s.heads, c["width"])).to(run.device)
+        idx = torch.randint(s.vocab, (c["batch"], c["context"]), device=run.device)
+        batch = D.Batch(idx, idx, torch.zeros(len(idx), 1), torch.zeros(len(idx)))
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            lm_loss(model, batch)
+        opts = optimizers(model, s, 1e-3, 1e-3)
+        seconds = rounds({0: lambda: train_step(model, opts, batch)}, 3)[0]
+        prompt = [[1] * (c["context"] // 2)]
+        written = rounds({0: lambda: model.generate(prompt, 32)}, 3)[0] / 32
+        rows.append(c | {"seconds": seconds, "tokens_per_second": idx.numel() / seconds,
+                         "megabytes": sum(kept.values()) / 1e6, "ms_per_written_token": 1e3 * written})
+    return rows
+
+
 def bench(run):
     """Tokens a second of training and writing, beside the same shapes in transformers."""
     s = run.size
@@ -1628,6 +1668,11 @@ def bench(run):
                                            for name, value in row.items() if value))
     print(f"  bfloat16 matmuls of these shapes reach {result['peak_gflops']:.0f} GFLOP/s; "
           f"training reaches {result['peak_share']:.0%} of that")
+    result["growth"] = growth(run)
+    print("\n  width  layers  context  batch   s a step  tokens/s  MB kept  ms a written token")
+    for row in result["growth"]:
+        print("  {width:5d}  {layers:6d}  {context:7d}  {batch:5d}  {seconds:9.3f}  {tokens_per_second:8,.0f}"
+              "  {megabytes:7,.0f}  {ms_per_written_token:18.2f}".format(**row))
     path = Path("out/bench.json")
     path.parent.mkdir(exist_ok=True)
     write_file(path, json.dumps(result, indent=1))
@@ -1816,7 +1861,7 @@ def main(argv=None):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:        # torchrun started several of this process
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
+        dist.init_process_group(timeout=datetime.timedelta(days=1))     # others wait while 0 measures
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")      # rank 0 alone speaks
     try:
@@ -1824,7 +1869,8 @@ def main(argv=None):
             raise Stop("--on and --off go with --steer")
         if ((args.lr or args.train) and not args.init) or (args.bench and args.init) or len(args.lr or []) > 2:
             raise Stop("--lr (one or two rates) and --train go with --init; --bench goes without it")
-        if process()[1] > 1 and (args.compare or args.sweep or args.bench or args.steer is not None):
+        if process()[1] > 1 and (args.compare or args.sweep or args.probe or args.relearn or args.bench
+                                 or args.seeds > 1 or args.export or args.steer is not None):
             raise Stop("torchrun is for the main job; the rest runs in one process")
         if args.export:
             export(args)
@@ -1844,15 +1890,17 @@ def main(argv=None):
                     job = (compare if args.compare else probe if args.probe else
                            relearn if args.relearn else main_job)
                     job(run)
+            agree(0)        # all end together
     except Stop as stop:
         if process()[0] == 0:
             print(f"flags.py: {stop}", file=sys.stderr)
         return stop.status
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(status)    # all is done, and a normal exit aborts now and then in gloo's threads
+    sys.exit(status)

@@ -231,8 +231,9 @@ def test_labels_and_masks_against_a_hand_labelled_example(tok):
     assert rows[0] == ([tok.end] + prompt, text + [tok.end], (0.0, 1.0, 0.0))
     assert rows[1].prompt == [tok.end] and rows[1].label == (0.0, 1.0, 1.0)
     batch = D.pad(rows)
-    assert batch.idx[0].tolist() == [tok.end] + prompt + text
-    assert batch.targets[0].tolist() == [-100] * len(prompt) + text + [tok.end]
+    n = 1 + len(prompt) + len(text)
+    assert batch.idx[0].tolist() == [tok.end] + prompt + text + [tok.end] * (-n % 8)
+    assert batch.targets[0].tolist() == [-100] * len(prompt) + text + [tok.end] + [-100] * (-n % 8)
     n = len(rows[1].text)
     assert batch.targets[1, :n].tolist() == tok.encode(" Snow!") + [tok.end]
     assert (batch.targets[1, n:] == -100).all() and (batch.idx[1, n:] == tok.end).all()
@@ -1404,7 +1405,7 @@ def test_memory_reckoned_by_hand():
         "activations": 2 * 24 * 2 * inside + 10 * 24 * 10 + 2 * n}
     model.checkpoint = True
     half = F.needs(model.bfloat16(), 3, 8, top=1)
-    assert half == {"base, flags, control": 3 * n * 2, "gradients": 200 * 2, "Muon": 192 * 2, "AdamW": 2 * 8 * 4,
+    assert half == {"base, flags, control": 3 * n * 2, "gradients": 200 * 2, "Muon": 192 * 4, "AdamW": 2 * 8 * 4,
                     "activations": 2 * 24 * (2 * 4 + 2 * inside) + 10 * 24 * 10}
     shared = F.needs(model, 3, 8, N=2)
     assert shared["gradients"] == n * 2 and shared["base, flags, control"] == 3 * n * 2 + n * 2
@@ -1417,44 +1418,49 @@ def test_what_does_not_fit_says_what_would_help(prepared, monkeypatch, capsys):
     assert "does not fit" in shown and all(f"with {x}" in shown for x in ("--micro 1", "--train 2", "torchrun"))
 
 
+def two_halves(run, folder, **changes):
+    """Four steps, a checkpoint, four more from it: weights, the last line of the log, and the losses
+    and gradient norm of one step more."""
+    run = dataclasses.replace(run, out=folder, tracked=None, micro=3, later={"flags": 0}, **changes)
+    with pytest.MonkeyPatch.context() as patch, F.locked(run):
+        exact(patch)
+        patch.setattr(F, "schedule", lambda step, steps: 0.1)
+        for steps in (4, 8):
+            model = F.new_model(run)
+            arm = F.install(run.flags, lambda step: 0.5, 64)
+            log = F.fit(run, "flags", model, steps, arm, lambda step: 2)
+        weights = copy.deepcopy(model.state_dict())
+        step = F.train_step(F.spread(run, model)[0], [], D.batch(run.train, 9, 16, 1), arm, micro=3)
+    return weights, log[-1], step
+
+
 TWO = """
-import contextlib, dataclasses, os, sys, torch
-torch.autocast = lambda *args: contextlib.nullcontext()
-torch.set_num_threads(1)
-import test_flags, flags as F, torch.distributed as dist
-if "RANK" in os.environ:
-    dist.init_process_group("gloo")
+import sys, test_flags, flags as F, torch
+from pathlib import Path
+F.dist.init_process_group("gloo")
 run = F.prepare(F.parser().parse_args(["--size", "tiny"]))
-run.shard, run.micro = sys.argv[2] == "FSDP2", 3
-run.later = {"base": 0, "flags": 0}
-run.out = F.Path(sys.argv[1])
-model = F.new_model(run)
-with F.locked(run):
-    for steps in (4, 8):    # the second time from the first one's checkpoint
-        F.schedule = lambda step, steps: 0.1
-        log = F.fit(run, "flags", model, steps, F.install(run.flags, lambda step: 0.5, 64), lambda step: 2)
-if F.process()[0] == 0:
-    torch.save((model.state_dict(), log[-1]), run.out / "result.pt")
-if dist.is_initialized():
-    dist.destroy_process_group()
+for kind in ("DDP", "FSDP2"):
+    result = test_flags.two_halves(run, Path(sys.argv[1]) / kind, shard=kind == "FSDP2")
+    if F.process()[0] == 0:
+        torch.save(result, Path(sys.argv[1]) / f"{kind}.result")
+F.agree(0)
+sys.stdout.flush()
+F.os._exit(0)      # as flags.py ends
 """
 
 
-def test_two_processes_equal_one(tmp_path):
-    """DDP and FSDP2 on gloo: the same losses and weights as one process, over a checkpoint and on."""
+def test_two_processes_equal_one(prepared, tmp_path):
+    """DDP and FSDP2 on gloo: the losses and weights of one process, also over a checkpoint."""
+    weights, log, step = two_halves(prepared, tmp_path / "one")
+    (tmp_path / "two.py").write_text(TWO)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(F.__file__).parent)}
-    results = {}
-    for kind in ("one", "DDP", "FSDP2"):
-        launch = [] if kind == "one" else ["-m", "torch.distributed.run", "--nproc_per_node=2",
-                                           "--master_port=0"]
-        (tmp_path / "two.py").write_text(TWO)
-        done = subprocess.run([sys.executable, *launch, str(tmp_path / "two.py"), str(tmp_path / kind), kind],
-                              env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results[kind] = torch.load(tmp_path / kind / "result.pt")
-    weights, log = results["one"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, str(tmp_path / "two.py"), str(tmp_path)], env=env,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
     for kind in ("DDP", "FSDP2"):
-        other, its = results[kind]
+        other, its, again = torch.load(tmp_path / f"{kind}.result")
+        assert again == pytest.approx(step, rel=1e-3)
         for key in ("lm_loss", "train_loss", "flag_loss"):
             assert its[key] == pytest.approx(log[key], rel=1e-4)
         for key in weights:
