@@ -712,8 +712,8 @@ def pad(rows: list[Row]) -> Batch:
     positions with a target run from the last token of the prompt to the last but one of the whole.
     """
     lengths = [len(row.prompt) + len(row.text) - 1 for row in rows]
-    end = rows[0].prompt[0]
-    idx = np.full((len(rows), max(lengths)), end, dtype=np.int64)
+    longest = -(-max(lengths) // 8) * 8     # few different shapes: CPU kernels are made for each
+    idx = np.full((len(rows), longest), rows[0].prompt[0], dtype=np.int64)
     targets = np.full_like(idx, -100)
     for b, (row, length) in enumerate(zip(rows, lengths)):
         idx[b, :length] = (row.prompt + row.text)[:-1]
