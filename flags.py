@@ -14,6 +14,9 @@ arXiv 2602.07828. The idea:
 
 `python flags.py --size small` does all of this, measures it against the base and a control that
 was finetuned without flags, and draws. B, T, C, K, L: batch, time, channels, flags, layers.
+
+This file from the top: sizes, the idea (`install` and `steer` are all of it), training, measurements,
+a run, pictures; then what only some need: baselines, sweeps, probes, seeds, speed, steering by hand.
 """
 import argparse
 import contextlib

@@ -397,6 +397,65 @@ def test_statistics_by_hand():
     assert F.hot(4, [1, 2], [3, 0]).tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]]
 
 
+# ---------------------------------------------------------------------------- baselines and probes
+
+@pytest.fixture(scope="module")
+def prepared():
+    return F.prepare(F.parser().parse_args(["--size", "tiny"]))
+
+
+def test_gradient_routing_against_a_hand_written_mask(prepared):
+    run = dataclasses.replace(prepared, tok=dataclasses.replace(
+        prepared.tok, decode=lambda ids: {5: " crab", 6: " and", 7: " cow"}.get(ids[0], "?")))
+    targets = torch.tensor([[-100, 5, 6, 7]])           # given; a word of sea; plain; a word of farm
+    batch = D.Batch(targets.clamp(min=0), targets, torch.zeros(1, 16), torch.zeros(1))
+    edit, _ = F.route(run)(0, batch)
+    x = torch.randn(1, 4, 64, requires_grad=True)
+    assert torch.equal(edit(1, x, None), x)             # nothing changes forwards
+    edit(1, x, None).sum().backward()
+    passes = torch.ones(1, 4, 64)
+    for t, concept in ((1, "sea"), (3, "farm")):
+        passes[0, t] = 0
+        passes[0, t, run.flags.dims[run.data.concepts.index(concept)]] = 1
+    assert torch.equal(x.grad, passes)
+
+
+def test_shuffled_labels_keep_their_number_and_lose_their_rows():
+    batch = D.Batch(*[torch.zeros(40, 1)] * 2, torch.eye(40), torch.zeros(40))
+    seen = []
+    F.shuffled(lambda step, batch: seen.append(batch.y), 1)(3, batch)
+    assert seen[0].sum(0).eq(1).all() and seen[0].sum(1).eq(1).all()
+    assert seen[0].diagonal().sum() < 10                # one is expected
+
+
+def test_control_tokens_stand_behind_the_prompt(prepared):
+    row = D.Row([1, 2], [3], (0.0, 1.0) + (0.0,) * 14)
+    rows = F.with_control_tokens(prepared, [row] * 2000)
+    n = prepared.tok.n_vocab
+    told = sum(r.prompt == [1, 2, n + 1] for r in rows)
+    assert told + sum(r.prompt == [1, 2] for r in rows) == 2000
+    assert told / 2000 == pytest.approx(prepared.size.supply, abs=0.03)     # 6 standard errors
+    assert F.by_control_token(prepared)([[9]], torch.tensor([row.label])) == ([[9, n + 1]], None)
+
+
+def test_adding_a_direction(prepared):
+    directions = torch.randn(16, 64)
+    ids, edit = F.by_adding(prepared, directions, 3.0)([[1, 2]], torch.eye(16)[2:3])
+    x, pos, k = torch.randn(1, 4, 64), torch.arange(4)[None], prepared.flags.layer
+    after = edit(k, x, pos)
+    assert torch.equal(after[0, 0], x[0, 0]) and torch.equal(edit(k + 1, x, pos), x)
+    assert torch.allclose(after[0, 1:], x[0, 1:] + 3 * directions[2])
+
+
+def test_a_linear_probe_finds_what_is_there_and_nothing_else():
+    torch.manual_seed(0)
+    x, y = torch.randn(600, 20), torch.randint(4, (600,))
+    x[:, :4] += 3 * torch.nn.functional.one_hot(y, 4)
+    hits = lambda x: (F.ridge(x[:400], torch.nn.functional.one_hot(y[:400], 4), x[400:]).argmax(1)
+                      == y[400:]).float().mean().item()
+    assert hits(x) > 0.85 and hits(x[:, 4:]) < 0.40     # chance 0.25, 5 standard errors 0.15
+
+
 # ---------------------------------------------------------------------------- training and running
 
 def tiny(tmp_path, *more):
@@ -432,11 +491,11 @@ def test_a_tiny_run_end_to_end(finished):
         assert (folder / "run" / name).stat().st_size > 1000
 
 
-def test_a_finished_run_is_taken_up_and_says_what_differs(finished, capsys):
-    folder, _ = finished
-    assert F.main(tiny(folder, "--seed", "1")) == 2
-    error = capsys.readouterr().err
-    assert "seed was 1337 and is now 1" in error and "--fresh" in error and error.count("\n") == 1
+def test_a_finished_run_says_what_differs(finished, prepared):
+    run = dataclasses.replace(prepared, out=finished[0] / "run", settings=prepared.settings | {"seed": 1})
+    with pytest.raises(F.Stop, match="seed was 1337 and is now 1.*--fresh") as stop:
+        F.load(run, run.out / "base.pt")
+    assert stop.value.status == 2 and "\n" not in str(stop.value)
 
 
 def test_steering_from_the_command_line(finished, capsys):
@@ -486,11 +545,6 @@ def test_bad_options(more, capsys):
     with pytest.raises(SystemExit) as stop:
         F.main(more)
     assert stop.value.code == 2
-
-
-@pytest.fixture(scope="module")
-def prepared():
-    return F.prepare(F.parser().parse_args(["--size", "tiny"]))
 
 
 @pytest.fixture
@@ -598,16 +652,16 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
-def test_two_runs_into_one_folder(prepared, tmp_path, capsys):
-    with F.locked(dataclasses.replace(prepared, out=tmp_path / "run")):
-        assert F.main(tiny(tmp_path)) == 2
-    assert "another run" in capsys.readouterr().err
+def test_two_runs_into_one_folder(prepared, tmp_path):
+    run = dataclasses.replace(prepared, out=tmp_path / "run")
+    with F.locked(run), pytest.raises(F.Stop, match="another run"), F.locked(run):
+        pass
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+def test_a_folder_that_cannot_be_written(prepared, tmp_path):
     (tmp_path / "run").write_text("a file, not a folder")
-    assert F.main(tiny(tmp_path)) == 2
-    assert "can't write" in capsys.readouterr().err
+    with pytest.raises(F.Stop, match="can't write"), F.locked(dataclasses.replace(prepared, out=tmp_path / "run")):
+        pass
 
 
 # ---------------------------------------------------------------------------- real checkpoints
@@ -1449,7 +1503,8 @@ F.os._exit(0)      # as flags.py ends
 """
 
 
-def test_two_processes_equal_one(prepared, tmp_path):
+@pytest.mark.skipif("CI" not in os.environ, reason="takes 20 s: set CI=1 to run it")
+def test_real_two_processes_equal_one(prepared, tmp_path):
     """DDP and FSDP2 on gloo: the losses and weights of one process, also over a checkpoint."""
     weights, log, step = two_halves(prepared, tmp_path / "one")
     (tmp_path / "two.py").write_text(TWO)
