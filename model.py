@@ -59,13 +59,14 @@ def make_norm(c):
 
 
 def attend(q, k, v, bias):
-    """Attention of q (B, H, T, D) over k, v (B, H, S, D); bias (T, S) or (B, 1, T, S) is 0 or -inf.
+    """Attention of q (B, H, T, D) over k, v (B, H, S, D).
 
-    On CUDA torch's fused kernel is fastest. On a CPU its backward is slow at short lengths, and
-    two matmuls with a float32 softmax between them train twice as fast (`--bench` measures it).
+    bias (T, S) or (B, 1, T, S) is 0 or, where a query must not look, -inf; None: it may anywhere.
+    Torch's fused kernel is fastest, but on a CPU its backward is slow at short lengths: there two
+    matmuls with a float32 softmax between them train faster.
     """
-    if q.is_cuda or q.size(-2) > 256:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    if q.is_cuda or q.size(-2) > 256 or bias is None:
+        return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)             # (B, H, T, S)
     return (scores + bias).softmax(-1).to(v.dtype) @ v                  # (B, H, T, D)
 
@@ -159,8 +160,10 @@ class Cache:
     Rows are padded on the left: all end at the same slot, and row b begins at slot pad[b].
     """
     def __init__(self, n_layer, size, pad):
-        self.n_layer, self.size, self.pad = n_layer, size, pad
+        self.n_layer, self.size, self.pad = n_layer, size, pad[:, None]     # pad (B, 1)
         self.kv, self.layer, self.length = [None] * n_layer, 0, 0
+        self.before = torch.arange(size, device=pad.device) < self.pad      # (B, size): the padding
+        self.ragged = bool(pad.any())
 
     def append(self, k, v):
         """Store k, v (B, Hkv, T, D) of the next layer; return all so far (B, Hkv, S, D)."""
@@ -174,6 +177,22 @@ class Cache:
         if self.layer == 0:
             self.length += T
         return self.kv[i][0, :, :, :n + T], self.kv[i][1, :, :, :n + T]
+
+
+def positions(T, cache, device):
+    """Absolute positions (B or 1, T) of the next T tokens, and the bias of their attention."""
+    past = cache.length if cache else 0
+    slot = torch.arange(past, past + T, device=device)[:, None]             # (T, 1)
+    hidden = torch.arange(past + T, device=device) > slot                   # (T, S): the future
+    if cache is None:
+        return slot.T, torch.zeros(T, T, device=device).masked_fill(hidden, -math.inf)
+    pos = (slot.T - cache.pad).clamp(min=0)                                 # (B, T)
+    if T == 1 and not cache.ragged:
+        return pos, None
+    # a padding query sees itself, lest its softmax have nothing to sum over
+    before = cache.before[:, None, :past + T] & (slot >= cache.pad[:, None])
+    bias = torch.zeros(before.shape, device=device).masked_fill(hidden | before, -math.inf)
+    return pos, bias[:, None]                                               # (B, 1, T, S)
 
 
 class GPT(nn.Module):
@@ -198,17 +217,9 @@ class GPT(nn.Module):
 
     def stream(self, idx, edit=None, cache=None):
         """The final residual stream (B, T, C), normed, of token ids idx (B, T)."""
-        T, past = idx.size(1), cache.length if cache else 0
-        slot = torch.arange(past, past + T, device=idx.device)                  # (T,)
-        hidden = torch.arange(past + T, device=idx.device) > slot[:, None]      # (T, S): the future
-        pos = slot[None]                                                        # (1, T)
-        if cache is not None:
-            pos = (slot - cache.pad[:, None]).clamp(min=0)                      # (B, T)
-            before = torch.arange(past + T, device=idx.device) < cache.pad[:, None, None]
-            # a padding query sees itself, lest its softmax have nothing to sum over
-            hidden = (hidden | before & (slot[:, None] >= cache.pad[:, None, None]))[:, None]
-        bias = torch.zeros(hidden.shape, device=idx.device).masked_fill(hidden, -math.inf)
-        angles = rotary(self.config, pos, past + T) if self.config.rope else None
+        past = cache.length if cache else 0
+        pos, bias = positions(idx.size(1), cache, idx.device)
+        angles = rotary(self.config, pos, past + idx.size(1)) if self.config.rope else None
         x = self.wte(idx)                                                       # (B, T, C)
         if angles is None:
             x = x + self.wpe(pos)
@@ -233,7 +244,7 @@ class GPT(nn.Module):
         x = self.stream(idx, edit, cache)
         return self.head(x if at is None else x[at])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts, n, edit=None, temperature=0.8, top_k=None, generator=None,
                  stop=None):
         """Continue each prompt (a list of token ids; lengths may differ) by up to n tokens.
