@@ -59,10 +59,12 @@ def load(name_or_path: str, flags: int = 16, seed: int = 1337) -> Data:
         raise ValueError(f"flags must be at least 2 (something to switch between), not {flags}")
     if name_or_path == "stories":
         return load_stories(flags, seed)
-    if name_or_path == "wordnet":
-        return load_wordnet(flags)
-    if str(name_or_path).endswith(".jsonl"):
-        return load_jsonl(Path(name_or_path), flags)
+    if name_or_path == "wordnet" or str(name_or_path).endswith(".jsonl"):
+        wordnet = name_or_path == "wordnet"
+        data = load_wordnet(flags) if wordnet else load_jsonl(Path(name_or_path), flags)
+        for part in (data.train, data.judge, data.test):    # files are often sorted by concept
+            random.Random(0).shuffle(part)
+        return data
     raise ValueError(f"no data called {name_or_path!r}: choose stories, wordnet or a .jsonl file")
 
 

@@ -85,8 +85,8 @@ SIZES = {
                  first_layer=1, prompts=16, track=8, every=10),
     # minutes on a laptop
     "small": Size(),
-    "small-wordnet": Size(vocab=4080, batch=128, context=64, base=600, produce=100, rely=1200,
-                          no_prompt=0.3, track=128, every=200),
+    "small-wordnet": Size(vocab=4080, batch=128, context=64, base=400, produce=50, rely=1250,
+                          weight=1.0, no_prompt=0.3, track=128, every=200),
     # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
                    rely=1500, lr=0.005, finetune_lr=0.005),
@@ -950,6 +950,8 @@ def fit_memory(run, model):
     if run.shard:
         plan = needs(model, rows, length, run.top, N)
     GB = lambda need: f"{need / 1e9:.1f} GB"
+    if sum(plan.values()) < room / 10:      # no news
+        return
     print(f"memory: {GB(sum(plan.values()))} of {GB(room)} on each device, reckoned: "
           + ", ".join(f"{what} {GB(need)}" for what, need in plan.items())
           + (f"; {N} processes, {'FSDP2' if run.shard else 'DDP'}" if N > 1 else ""))
