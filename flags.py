@@ -564,11 +564,10 @@ def choose(run, n, examples=None):
     data, rest = run.data, random.Random(run.seed)
     index = {concept: i for i, concept in enumerate(data.concepts)}
     K = len(index)
-    tells = (lambda e: D.content(e.prompt, data.words)) if data.words else (lambda e: e.prompt)
     test = list({example.prompt: example for example in examples or data.test}.values())
-    cued = [e for e in test if tells(e) and len(e.concepts) == 1][:n]
-    double = [e for e in test if tells(e) and len(e.concepts) == 2][:n]
-    neutral = [e.prompt for e in test if not tells(e)][:n] if data.words else [""] * n
+    cued = [e for e in test if tells(data, e) and len(e.concepts) == 1][:n]
+    double = [e for e in test if tells(data, e) and len(e.concepts) == 2][:n]
+    neutral = [e.prompt for e in test if not tells(data, e)][:n] if data.words else [""] * n
     a = [index[e.concepts[0]] for e in cued]
     b = [rest.choice([j for j in range(K) if j != i]) for i in a]
     pairs = [rest.sample([index[c] for c in e.concepts], 2) for e in double]
@@ -615,7 +614,7 @@ def steering(run, model, base):
     found = run.judge(texts)
     result |= {"conflict": stat(list(map(about, found, p.b))),
                "kept": stat(list(map(about, found, p.a)))}
-    result["nll_gap"], result["distinct2"] = fluency(run, base, texts, p.b)
+    result["nll_gap"], result["distinct2"] = fluency(run, base, p.cued, texts, p.b)
 
     if p.double:
         a, b = zip(*p.pairs)
@@ -636,13 +635,14 @@ def steering(run, model, base):
 
 
 @torch.no_grad()
-def fluency(run, base, texts, concepts):
+def fluency(run, base, prompts, texts, concepts):
     """How much less likely steered texts are to the untouched base than real ones (nats a token),
     each behind a prompt that fits it; and their distinct-2 over that of real texts."""
     names = run.data.concepts
-    real = {i: [e for e in run.data.test if e.concepts == (names[i],)] for i in set(concepts)}
-    pairs = [(real[c][i % len(real[c])], text)
-             for i, (c, text) in enumerate(zip(concepts, texts)) if text and real[c]]
+    real = {i: [e for e in run.data.test if e.concepts == (names[i],) and tells(run.data, e)]
+            for i in set(concepts)}
+    pairs = [(real[c][i % len(real[c])], fitting(run.data, prompt, real[c][i % len(real[c])]), text)
+             for i, (c, prompt, text) in enumerate(zip(concepts, prompts, texts)) if text and real[c]]
 
     def nll(examples):      # of each, in nats a token
         rows = D.encode(examples, run.tok, names, base.config.context)
@@ -653,18 +653,31 @@ def fluency(run, base, texts, concepts):
         bigrams = [pair for text in texts for pair in zip(text.split(), text.split()[1:])]
         return len(set(bigrams)) / max(1, len(bigrams))
 
-    steered = [dataclasses.replace(example, text=text) for example, text in pairs]
-    gap = (nll(steered) - nll([example for example, _ in pairs])).tolist() if pairs else []
-    ratio = distinct2([text for _, text in pairs]) / max(1e-9, distinct2([e.text for e, _ in pairs]))
+    steered = [dataclasses.replace(example, prompt=prompt, text=text) for example, prompt, text in pairs]
+    gap = (nll(steered) - nll([example for example, _, _ in pairs])).tolist() if pairs else []
+    ratio = distinct2([e.text for e in steered]) / max(1e-9, distinct2([e.text for e, _, _ in pairs]))
     return stat(gap), {"mean": ratio, "low": None, "high": None, "n": len(pairs)}
+
+
+def tells(data, example):
+    """Whether the prompt says something of the concepts."""
+    return bool(D.content(example.prompt, data.words) if data.words else example.prompt)
+
+
+def fitting(data, prompt, example):
+    """A prompt that fits a text about example's concept: example's own; in a story the text's own,
+    with its people, and the cue from example's."""
+    if not data.words:
+        return example.prompt
+    cue = [word for word in re.findall("[a-z]+", example.prompt.lower()) if word in data.words][-1]
+    return re.sub("[A-Za-z]+", lambda m: cue if m[0].lower() in data.words else m[0], prompt)
 
 
 def reading(run, model):
     """The model's own flags at the last token of held-out prompts, against the labels."""
-    tells = [e for e in run.data.test if e.prompt and
-             (not run.data.words or D.content(e.prompt, run.data.words))][:4 * run.size.prompts]
-    own = read(model, run.flags, [run.ids(e.prompt) for e in tells]).cpu()
-    y = torch.tensor([[float(c in e.concepts) for c in run.data.concepts] for e in tells])
+    cued = [e for e in run.data.test if tells(run.data, e)][:4 * run.size.prompts]
+    own = read(model, run.flags, [run.ids(e.prompt) for e in cued]).cpu()
+    y = torch.tensor([[float(c in e.concepts) for c in run.data.concepts] for e in cued])
     each = [auc(own[:, i], y[:, i]) for i in range(y.size(1)) if 0 < y[:, i].sum() < len(y)]
     return {"auc": stat(each), "exact": stat(((own > 0.5) == (y > 0.5)).all(1).tolist())}
 
@@ -1154,7 +1167,7 @@ def short(run, model, base, by=None, control=None):
     blank = None if by else share(write(run, model, p.cued, torch.zeros(len(p.cued), K)), p.a)
     return {"neutral": share(write(run, model, p.neutral, hot(K, b), by), b),
             "conflict": share(texts, p.b), "intact": share(write(run, model, p.cued), p.a),
-            "blank": blank, "nll_gap": fluency(run, base, texts, p.b)[0],
+            "blank": blank, "nll_gap": fluency(run, base, p.cued, texts, p.b)[0],
             "loss": held_out(run, model, run.test)}
 
 

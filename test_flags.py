@@ -388,6 +388,15 @@ def test_judges():
     assert F.bag_of_words_judge(data)(["a dog", "some cat 99"]) == [[1], [0]]
 
 
+def test_a_steered_text_is_read_behind_a_prompt_that_fits():
+    data = D.Data("x", ["cat", "dog"], [], [], [], {"cat": "cat", "dog": "dog"})
+    about_dog = D.Example("Ben saw a dog.", "The dog barked.", ("dog",))
+    assert F.fitting(data, "Mia drew a Cat.", about_dog) == "Mia drew a dog."
+    assert F.tells(data, about_dog) and not F.tells(data, D.Example("Ben slept.", "A dog.", ("dog",)))
+    data.words = None
+    assert F.fitting(data, "Mia drew a Cat.", about_dog) == "Ben saw a dog."
+
+
 def test_statistics_by_hand():
     assert F.auc(torch.tensor([1., 2., 3., 3.]), torch.tensor([0., 1., 0., 1.])) == pytest.approx(2.5 / 4)
     stat = F.stat([0, 1] * 200)
