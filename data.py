@@ -62,8 +62,7 @@ def load(name_or_path: str, flags: int = 16, seed: int = 1337) -> Data:
     if name_or_path == "wordnet" or str(name_or_path).endswith(".jsonl"):
         wordnet = name_or_path == "wordnet"
         data = load_wordnet(flags) if wordnet else load_jsonl(Path(name_or_path), flags)
-        for part in (data.train, data.judge, data.test):    # files are often sorted by concept
-            random.Random(0).shuffle(part)
+        random.Random(0).shuffle(data.test)     # files are often sorted by concept
         return data
     raise ValueError(f"no data called {name_or_path!r}: choose stories, wordnet or a .jsonl file")
 

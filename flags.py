@@ -85,8 +85,8 @@ SIZES = {
                  first_layer=1, prompts=16, track=8, every=10),
     # minutes on a laptop
     "small": Size(),
-    "small-wordnet": Size(vocab=4080, batch=128, context=64, base=400, produce=50, rely=1250,
-                          weight=1.0, no_prompt=0.3, track=128, every=200),
+    "small-wordnet": Size(vocab=4080, batch=128, context=64, base=600, produce=100, rely=1200,
+                          no_prompt=0.3, track=128, every=200),
     # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
                    rely=1500, lr=0.005, finetune_lr=0.005),
