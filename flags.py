@@ -1037,7 +1037,8 @@ def main_job(run):
     }
     pictures = draw(run, logs, matrix, flags)
     now = time.time()
-    results["seconds"] = {**run.seconds, "measure": now - measuring, "total": now - started}
+    results["seconds"] = run.seconds | {"measure": now - measuring}
+    results["seconds"]["total"] = max(now - started, sum(results["seconds"].values()))     # taken up: the sum
     write_file(run.out / "results.json", json.dumps(results, indent=1))
     lines = [json.dumps({"model": name} | point) for name, log in logs.items() for point in log]
     write_file(run.out / "log.jsonl", "\n".join(lines) + "\n")
