@@ -1062,7 +1062,7 @@ def commit():
     return out.stdout.strip() or None
 
 
-def samples(run, model, count=4):
+def samples(run, model, count=20):
     """The same prompts with flags free, set and blanked: the first held-out ones."""
     p, K, names = run.prompts, len(run.data.concepts), run.data.concepts
     prompts, result = p.cued[:count], []
