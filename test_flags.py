@@ -1523,7 +1523,7 @@ def test_real_two_processes_equal_one(prepared, tmp_path):
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in ("DDP", "FSDP2"):
-        other, its, again = torch.load(tmp_path / f"{kind}.result")
+        other, its, again = torch.load(tmp_path / f"{kind}.result", weights_only=True)
         assert again == pytest.approx(step, rel=1e-3)
         for key in ("lm_loss", "train_loss", "flag_loss"):
             assert its[key] == pytest.approx(log[key], rel=1e-4)
