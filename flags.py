@@ -27,6 +27,7 @@ import datetime
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -318,13 +319,12 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
                         "flag_loss": flag, "train_loss": lm})
             if name != "base" and run.tracked:
                 log[-1] |= track(run, model)
-        run.signal, due = agree(run.signal, time.time() - saved_at > CHECKPOINT_SECONDS)
-        if due or done == steps or run.signal:
+        asked, due = agree(max(run.signals, default=0), time.time() - saved_at > CHECKPOINT_SECONDS)
+        if due or done == steps or asked:
             checkpoint(done)
             begin, saved_at = done, time.time()
-        if run.signal:
-            raise Stop(f"stopped at step {done} of {name}; the same command goes on from there",
-                       128 + run.signal)
+        if asked:
+            raise Stop(f"stopped at step {done} of {name}; the same command goes on from there", 128 + asked)
         noted = log and log[-1]["step"] == done
         if time.time() - shown_at > 1 or noted:
             shown_at, left = time.time(), (steps - done + run.later[name]) * seconds / done
@@ -340,6 +340,43 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
 
 
 # ---------------------------------------------------------------------------- several processes
+
+def fit_all(jobs):
+    """fit(*job) for each job, and their logs.
+
+    For models of this size one CPU thread for each of two trainings does more than two threads for
+    one. So as many jobs as there are threads go on at once, each in a forked process with one; what
+    reaches the last lines here is finished, or was stopped, or fails once more and says why.
+    """
+    run, threads = jobs[0][0], torch.get_num_threads()
+    forks = run.device.type == "cpu" and sys.platform == "linux" and not dist.is_initialized()
+    at_once = min(threads, len(jobs)) if forks and not run.pretrained else 1
+    for i, (_, name, *_) in enumerate(jobs):
+        run.later[name] = sum(steps for _, _, _, steps, *_ in jobs[i + at_once::at_once])
+
+    def child(job):
+        torch.set_num_threads(threads // at_once)
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG: told when the parent dies
+        with contextlib.suppress(Stop):
+            fit(*job)
+
+    waiting, going = list(jobs) if at_once > 1 else [], []
+    while waiting or going:
+        while waiting and len(going) < at_once:
+            going.append(multiprocessing.get_context("fork").Process(target=child, args=(waiting.pop(0),)))
+            going[-1].start()
+        time.sleep(0.1)
+        if run.signals:
+            waiting = []
+            for one in going:
+                one.terminate()
+        going = [one for one in going if one.is_alive()]
+    torch.set_num_threads(threads // at_once)
+    try:
+        return [fit(*job) for job in jobs]
+    finally:
+        torch.set_num_threads(threads)
+
 
 def process():
     """This process's rank and their number: (0, 1) unless torchrun started several."""
@@ -713,7 +750,7 @@ class Run:
     micro: int = None           # sequences in one forward, None: the whole batch
     top: int = None             # blocks that are finetuned, None: everything
     shard: bool = False         # under torchrun: FSDP2, not DDP
-    signal: int = 0             # set by Ctrl-C or SIGTERM: stop after this step
+    signals: list = field(default_factory=list)     # Ctrl-C or SIGTERM came: stop after this step
     later: dict = field(default_factory=dict)       # steps that come after each training
     seconds: dict = field(default_factory=dict)
     rate: dict = field(default_factory=dict)        # tokens a second
@@ -785,7 +822,8 @@ def locked(run, fresh=False):
         for name in ("base", "flags", "control"):
             (run.out / f"{name}.pt").unlink(missing_ok=True)
     agree(0)        # all wait until the old checkpoints are gone
-    before = {sig: signal.signal(sig, lambda number, frame: setattr(run, "signal", number))
+    run.signals.clear()
+    before = {sig: signal.signal(sig, lambda number, frame: run.signals.append(number))
               for sig in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -993,7 +1031,7 @@ def supply_schedule(s):
 def train_all(run):
     """The base, its flags and its control, and their logs; what is finished is only loaded."""
     s, steps = run.size, run.size.produce + run.size.rely
-    run.later |= {"base": 2 * steps, "flags": steps, "control": 0}
+    run.later["base"] = 2 * steps
     base = new_model(run)
     fit_memory(run, base)
     print(f"{sum(p.numel() for p in base.parameters()):,} parameters on {run.device}, "
@@ -1004,8 +1042,9 @@ def train_all(run):
         logs = {"base": fit(run, "base", base, s.base)}
     flags, control = copy_of(run, base), copy_of(run, base)
     arm = install(run.flags, supply_schedule(s), s.width)
-    logs["flags"] = fit(run, "flags", flags, steps, arm, lambda step: 1 if step < s.produce else 2)
-    logs["control"] = fit(run, "control", control, steps)
+    logs["flags"], logs["control"] = fit_all([
+        (run, "flags", flags, steps, arm, lambda step: 1 if step < s.produce else 2),
+        (run, "control", control, steps)])
     return (base, flags, control), logs
 
 
@@ -1241,21 +1280,20 @@ def by_adding(run, directions, strength):
 
 
 def route(run):
-    """Gradient routing (Cloud et al. 2024) to the same dimensions: where a word of a concept is
-    predicted, only its dimension passes gradient down from the layers >= k."""
-    flags, words = run.flags, run.data.words
-    concept = torch.full((run.tok.n_vocab + 64,), -1)
-    for i in range(run.tok.n_vocab):
+    """Gradient routing (Cloud et al. 2024) to the same dimensions: where a concept's text is predicted
+    (stories: a word of it), only its dimension passes gradient down from the layers >= k."""
+    flags, names, words = run.flags, run.data.concepts, run.data.words
+    belongs = torch.full((run.tok.n_vocab, len(names)), not words, device=run.device)       # (V, K)
+    for i in range(run.tok.n_vocab) if words else []:
         word = run.tok.decode([i]).strip().lower()
-        if words and word in words:
-            concept[i] = run.data.concepts.index(words[word])
-    concept = concept.to(run.device)
+        if word in words:
+            belongs[i, names.index(words[word])] = True
 
     def arm(step, batch):
-        of = concept[batch.targets.clamp(min=0)] * (batch.targets >= 0) + (batch.targets < 0) * -1
-        routed = (of >= 0)[..., None]                                           # (B, T, 1)
-        dims = torch.tensor(flags.dims, device=run.device)[of.clamp(min=0)]     # (B, T)
-        passes = ~routed | F.one_hot(dims, run.size.width).bool()               # (B, T, C)
+        on = (batch.targets >= 0)[..., None]
+        of = belongs[batch.targets.clamp(min=0)] & on & (batch.y[:, None] > 0)      # (B, T, K)
+        passes = (~of.any(-1, keepdim=True)).repeat(1, 1, run.size.width)           # (B, T, C)
+        passes[..., flags.dims] |= of
 
         def edit(layer, x, pos):
             return x if layer < flags.layer else torch.where(passes, x, x.detach())
@@ -1278,12 +1316,17 @@ def compare(run):
     base, flags, control = train_all(run)[0]
     s, steps = run.size, run.size.produce + run.size.rely
     inner = dataclasses.replace(run, prompts=choose(run, s.track * 2, run.data.train))
-    run.later |= {"stage1": 3 * steps, "shuffled": 2 * steps, "token": steps, "routing": 0}
-
-    def trained(name, arm, rows=None):
-        model = copy_of(run, base)
-        fit(dataclasses.replace(run, train=rows or run.train), name, model, steps, arm)
-        return model
+    method = lambda supply: install(run.flags, supply, s.width)
+    trained = {"routing": (route(run), run.train),
+               "shuffled": (shuffled(method(supply_schedule(s)), run.seed), run.train),
+               "stage1": (method(lambda step: 0.0), run.train)}
+    if base.config.vocab_size < run.tok.n_vocab + len(run.data.concepts):
+        print(f"no control token: {base.config.vocab_size} embeddings leave no room for new tokens")
+    else:
+        trained["token"] = None, with_control_tokens(run, run.train)
+    models = {name: copy_of(run, base) for name in trained}
+    fit_all([(dataclasses.replace(run, train=rows), name, models[name], steps, arm)
+             for name, (arm, rows) in trained.items()])
 
     def best(ways):
         """The strength that wins most conflicts on prompts of its own (from the training split)."""
@@ -1292,12 +1335,10 @@ def compare(run):
                 for strength, (model, by) in ways.items()}
         return max(wins, key=wins.get)
 
-    method = lambda supply: install(run.flags, supply, s.width)
     directions = means(run, control)
     others = run.channels[:len(run.flags.dims)]
-    routed = trained("routing", route(run))
     adding = {a: (control, by_adding(run, directions, a)) for a in STRENGTHS}
-    setting = {a: (routed, by_setting(run, routed, a)) for a in STRENGTHS}
+    setting = {a: (models["routing"], by_setting(run, models["routing"], a)) for a in STRENGTHS}
     curves = {"difference of means": {a: short(run, base=base, model=m, by=by)
                                       for a, (m, by) in adding.items()},
               "gradient routing": {a: short(run, base=base, model=m, by=by)
@@ -1307,15 +1348,12 @@ def compare(run):
         "no steering": short(run, control, base, unsteered),
         "difference of means": curves["difference of means"][best(adding)],
         "gradient routing": curves["gradient routing"][best(setting)],
-        "shuffled labels": short(run, trained("shuffled", shuffled(method(supply_schedule(s)), run.seed)), base),
-        "stage 1 only": short(run, trained("stage1", method(lambda step: 0.0)), base),
+        "shuffled labels": short(run, models["shuffled"], base),
+        "stage 1 only": short(run, models["stage1"], base),
         "16 other dimensions": short(dataclasses.replace(run, flags=Flags(run.flags.layer, others)), flags, base),
     }
-    if base.config.vocab_size < run.tok.n_vocab + len(run.data.concepts):
-        print(f"no control token: {base.config.vocab_size} embeddings leave no room for new tokens")
-    else:
-        token = trained("token", None, with_control_tokens(run, run.train))
-        arms["control token"] = short(run, token, base, by_control_token(run))
+    if "token" in models:
+        arms["control token"] = short(run, models["token"], base, by_control_token(run))
     for name in curves:
         arms[name]["strength"] = best(adding if name == "difference of means" else setting)
     path = run.out / "results.json"
@@ -1348,50 +1386,59 @@ SWEEPS = {
     "supply": "p, the share of sequences whose flags are supplied",
     "weight": "lambda, the weight of the flag loss",
 }
+LONG = "0, ten times the steps"     # a value of p
 
 
 def sweep(run, name):
     """Finetune anew for each value of one setting, all else equal; one file, one picture."""
-    (base, _, control), s = train_all(run)[0], run.size
-    K, steps = len(run.data.concepts), s.produce + s.rely
+    (base, _, control), logs = train_all(run)
+    s, K, steps = run.size, len(run.data.concepts), run.size.produce + run.size.rely
     values = {"layer": range(1, s.layers + 1), "width": (4, 8, 16, 32, 64),
-              "supply": (0.0, 0.5, 0.8, 0.9, 1.0), "weight": (0.1, 0.3, 1.0, 3.0, 10.0)}[name]
-    rows = []
-    for i, value in enumerate(values):
-        r, arm = run, None
+              "supply": (LONG, 0.0, 0.5, 0.8, 0.9, 1.0), "weight": (0.1, 0.3, 1.0, 3.0, 10.0)}[name]
+    jobs = []
+    for value in values:
+        r, arm, times = run, None, 1
         if name == "layer":
             r = dataclasses.replace(run, flags=Flags(value, run.flags.dims))
         elif name == "width":   # with fewer flags than concepts the first ones, with more copies
-            r = dataclasses.replace(run, flags=Flags(run.flags.layer, run.channels[-value:]))
+            r = dataclasses.replace(run, flags=Flags(run.flags.layer, run.channels[-value:]), tracked=None)
             whole = install(r.flags, supply_schedule(s), s.width)
             which = torch.arange(value, device=run.device) % K
             arm = lambda step, batch, whole=whole, which=which: whole(step, batch._replace(y=batch.y[:, which]))
+        elif value == LONG:
+            times = 10
+            r = dataclasses.replace(run, size=dataclasses.replace(s, supply=0.0, every=times * s.every))
         else:
             r = dataclasses.replace(run, size=dataclasses.replace(s, **{name: value}))
         arm = arm or install(r.flags, supply_schedule(r.size), s.width)
-        r.later = {f"{name}-{value}": steps * (len(values) - i - 1)}
-        model = copy_of(run, base)
-        r = dataclasses.replace(r, tracked=None) if name == "width" else r
-        log = fit(r, f"{name}-{value}", model, steps, arm, lambda step: 1 if step < s.produce else 2)
-        row = {"value": value, "loss": held_out(run, model, run.test),
-               "over control": held_out(run, model, run.test) - held_out(run, control, run.test)}
+        jobs.append((r, f"{name}-{value}".replace(" ", "-"), copy_of(run, base), times * steps, arm,
+                     lambda step: 1 if step < s.produce else 2))
+    rows = []
+    for value, (r, _, model, *_), log in zip(values, jobs, fit_all(jobs)):
+        loss = held_out(run, model, run.test)
+        rows.append({"value": value, "loss": loss, "over control": loss - held_out(run, control, run.test)})
         if name != "width":
-            row |= {key: stat for key, stat in short(r, model, base).items() if key != "loss"}
-            row |= reading(r, model) | {"trajectory": log}
-        rows.append(row)
-        write_file(run.out / f"sweep-{name}.json", json.dumps(rows, indent=1))
-    fig, (left, right) = figure(1, 2, figsize=(11, 4))
-    x = [str(row["value"]) for row in rows]
-    left.plot(x, [row["over control"] for row in rows], "o-")
-    left.set(xlabel=SWEEPS[name], ylabel="LM loss minus the control's (nats)")
-    left.axhline(0, color="grey", lw=0.8)
+            rows[-1] |= short(r, model, base) | reading(r, model) | {"trajectory": log}
+    write_file(run.out / f"sweep-{name}.json", json.dumps(rows, indent=1))
+
+    fig, axes = figure(1, 5 if name == "supply" else 2, figsize=(22 if name == "supply" else 11, 4))
+    x = [str(row["value"]).replace(", ", ",\n") for row in rows]
+    axes[0].plot(x, [row["over control"] for row in rows], "o-")
+    axes[0].set(xlabel=SWEEPS[name], ylabel="LM loss minus the control's (nats)")
+    axes[0].axhline(0, color="grey", lw=0.8)
     for key in ("conflict", "neutral", "intact", "blank", "exact"):
         if key in rows[0]:
-            right.errorbar(x, [row[key]["mean"] for row in rows], fmt="o-", label=key, capsize=2,
-                           yerr=[[row[key]["mean"] - row[key]["low"] for row in rows],
-                                 [row[key]["high"] - row[key]["mean"] for row in rows]])
-    right.set(xlabel=SWEEPS[name], ylabel="share of texts (exact: of prompts)", ylim=(-0.02, 1.02))
-    right.legend(fontsize=8)
+            axes[1].errorbar(x, [row[key]["mean"] for row in rows], fmt="o-", label=key, capsize=2,
+                             yerr=[[row[key]["mean"] - row[key]["low"] for row in rows],
+                                   [row[key]["high"] - row[key]["mean"] for row in rows]])
+    axes[1].set(xlabel=SWEEPS[name], ylabel="share of texts (exact: of prompts)", ylim=(-0.02, 1.02))
+    for ax, key in zip(axes[2:], ("intact", "blank", "conflict")):      # trajectories, for each p
+        for label, log in [*zip(x, (row["trajectory"] for row in rows)), ("control", logs["control"])]:
+            ax.plot([point["step"] / log[-1]["step"] for point in log], [point[key] for point in log],
+                    "k:" if label == "control" else "-", label=label.replace("\n", " "))
+        ax.set(xlabel="share of the training", title=key, ylim=(-0.02, 1.02))
+    for ax in axes[1:3]:
+        ax.legend(fontsize=8)
     fig.savefig(run.out / f"sweep-{name}.png", dpi=120)
     print(f"Wrote {run.out / f'sweep-{name}.json'}, {run.out / f'sweep-{name}.png'}")
 
@@ -1498,10 +1545,10 @@ def relearn(run):
     def arm(step, batch):
         edit, _ = zero(step, batch._replace(y=torch.zeros_like(batch.y)))
         return edit, lambda: torch.zeros((), device=run.device)
-    quick, logs = dataclasses.replace(run, size=dataclasses.replace(s, every=25)), {}
-    for i, (name, model) in enumerate({"flags": copy_of(run, flags), "scratch": new_model(run)}.items()):
-        quick.later = {f"relearn-{name}": s.rely * (1 - i)}
-        logs[name] = fit(quick, f"relearn-{name}", model, s.rely, arm)
+    quick = dataclasses.replace(run, size=dataclasses.replace(s, every=25))
+    models = {"flags": copy_of(run, flags), "scratch": new_model(run)}
+    logs = dict(zip(models, fit_all([(quick, f"relearn-{name}", model, s.rely, arm)
+                                     for name, model in models.items()])))
     write_file(run.out / "relearn.json", json.dumps(logs, indent=1))
     fig, ax = figure(figsize=(6, 4))
     for name, log in logs.items():
@@ -1520,11 +1567,13 @@ def seeds(args):
     out, results = out_folder(args), []
     for seed in range(args.seed, args.seed + args.seeds):
         one = argparse.Namespace(**vars(args) | {"seed": seed, "out": str(out / f"seed-{seed}")})
-        if args.fresh or not (out / f"seed-{seed}" / "results.json").exists():
+        path = out / f"seed-{seed}" / "results.json"
+        done = {} if args.fresh or not path.exists() else json.loads(path.read_text())
+        if not done or (args.compare and "compare" not in done):
             run = prepare(one)
             with locked(run, args.fresh):
-                main_job(run)
-        results.append(json.loads((out / f"seed-{seed}" / "results.json").read_text()))
+                (compare if args.compare else main_job)(run)
+        results.append(json.loads(path.read_text()))
     table = {}
     for path in sorted({path for result in results for path in leaves(result)}):
         values = [leaves(result)[path] for result in results if path in leaves(result)]
@@ -1543,8 +1592,10 @@ def leaves(result):
     found["seconds"] = result["seconds"]["total"]
     groups = {"read": result["read"], "steer": result["steer"], "judge": result["judge"]} | {
         f"{name}": views for name, views in result["reliance"].items()}
-    for group, rows in (groups | result.get("compare", {})).items():
-        found |= {f"{group} {name}": value["mean"] for name, value in rows.items() if isinstance(value, dict)}
+    groups |= {f"compare {arm}:": rows for arm, rows in result.get("compare", {}).items()}
+    for group, rows in groups.items():
+        found |= {f"{group} {name}": value["mean"] if isinstance(value, dict) else value
+                  for name, value in rows.items() if isinstance(value, (dict, float))}
     return found
 
 
