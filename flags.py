@@ -69,10 +69,12 @@ class Size:
     embedding_lr: float = 0.05  # ... and of everything else, in the base
     finetune_lr: float = 0.01   # the same for the flags model and the control
     finetune_embedding_lr: float = 0.02
-    decay: float = 0.5          # weight decay of the matrices
+    decay: float = 0.5          # weight decay of the base's matrices ...
+    finetune_decay: float = 1.0             # ... and of the flags model's and the control's
     first_layer: int = 2        # k: flags stand in the stream after this block and all later ones
-    supply: float = 0.95        # p: the share of sequences whose flags are supplied in stage 2
-    weight: float = 3.0         # lambda, of the flag loss
+    supply: float = 0.98        # p: the share of sequences whose flags are supplied in stage 2
+    bare: float = 0.5           # the part of p that sequences without prompt get
+    weight: float = 2.0         # lambda, of the flag loss
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every measured figure
     track: int = 64             # held-out prompts behind every point of a trajectory
@@ -86,8 +88,8 @@ SIZES = {
                  first_layer=1, prompts=16, track=8, every=10),
     # minutes on a laptop
     "small": Size(),
-    "small-wordnet": Size(vocab=4080, batch=128, context=64, base=600, produce=100, rely=1200,
-                          no_prompt=0.3, track=128, every=200),
+    "small-wordnet": Size(vocab=4080, batch=128, context=64, base=300, produce=50, rely=1450,
+                          supply=0.8, bare=0.75, no_prompt=0.4, track=128, every=150),
     # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
                    rely=1500, lr=0.005, finetune_lr=0.005),
@@ -124,20 +126,20 @@ def place(flags, x_width, values):
     return full, fenced
 
 
-def install(flags, supply, width):
+def install(flags, supply, width, bare=1.0):
     """The method: for each training step an edit that reads and writes, and the flag loss.
 
     supply(step) is p, the share of sequences in which the flags are supplied: 0 in stage 1. Where
-    a sequence shows no prompt it is half of that, so that the model also learns to write with
-    flags of its own, but never has to look for the concept in a prompt again.
+    a sequence shows no prompt it is bare x p: so the model also learns to write with flags of its
+    own, but seldom has to look for the concept in a prompt again.
     Flag positions run from the last token of the prompt to the end of the text: there the model
     is about to generate, and there alone a batch has targets.
     """
     def arm(step, batch):
         idx, targets, y, chance = batch                     # (B, T), (B, T), (B, K), (B,)
         on = (targets >= 0)[..., None]                      # (B, T, 1) flag positions
-        bare = on[:, 0, 0]                                  # (B,) no prompt: the text begins at once
-        supplied = chance < supply(step) * torch.where(bare, 0.5, 1.0)
+        no_prompt = on[:, 0, 0]                             # (B,) the text begins at once
+        supplied = chance < supply(step) * torch.where(no_prompt, bare, 1.0)
         full, fenced = place(flags, width, y)
         write = on & supplied[:, None, None] & fenced       # (B, T, C)
         losses = []
@@ -186,17 +188,18 @@ def read(model, flags, prompts):
 
 # ---------------------------------------------------------------------------- training
 
-def optimizers(model, s, lr, embedding_lr, blocks=None):
+def optimizers(model, lr, embedding_lr, decay, ns_steps=5, blocks=None):
     """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for embeddings and norms.
 
     On the stories Muon needs less than half of AdamW's steps to the same loss, and the decay of
     its matrices is what erodes an unused route. Embeddings want a far higher rate: the words of a
-    concept have to find together.
+    concept have to find together. Muon makes all directions of an update equally large, weak ones
+    after the fifth of its ns_steps; with three they stay weak.
     """
     matrices = [p for p in (blocks or model.blocks).parameters() if p.dim() == 2 and p.requires_grad]
     ids = set(map(id, matrices))
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
-    return [torch.optim.Muon(matrices, lr, weight_decay=s.decay, adjust_lr_fn="match_rms_adamw"),
+    return [torch.optim.Muon(matrices, lr, decay, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, embedding_lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True)]
 
 
@@ -282,9 +285,9 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
     bits: batches, supply and measurements are functions of the seed and the step.
     """
     s, file = run.size, run.out / f"{name}.pt"
-    rates = ((s.lr, s.embedding_lr) if name == "base" else (s.finetune_lr, s.finetune_embedding_lr))
     net, owner = spread(run, model)
-    opts = optimizers(owner, s, *rates)
+    opts = optimizers(owner, *((s.lr, s.embedding_lr, s.decay) if name == "base" else
+                               (s.finetune_lr, s.finetune_embedding_lr, s.finetune_decay, 3)))
     peaks = [opt.param_groups[0]["lr"] for opt in opts]
     begin, log, seconds, tokens = 0, [], 0.0, 0
     if file.exists():
@@ -945,7 +948,7 @@ def fencing(run, base):
             "random": random.Random(run.seed).sample(range(C), K), "most used": run.channels[:K]}
     result = {"dims": run.flags.dims, "layer": run.flags.layer, "untouched": held_out(run, base)}
     for name, dims in sets.items():
-        labels = install(Flags(run.flags.layer, dims), lambda step: 2.0, C)     # 2: bare ones, too
+        labels = install(Flags(run.flags.layer, dims), lambda step: 1.0, C)
         zeros = lambda step, batch: labels(step, batch._replace(y=torch.zeros_like(batch.y)))
         result[name] = {"zeros": held_out(run, base, arm=zeros), "labels": held_out(run, base, arm=labels)}
     print(f"flags are channels {', '.join(map(str, run.flags.dims))}; held-out loss before finetuning, "
@@ -1041,7 +1044,7 @@ def train_all(run):
     else:
         logs = {"base": fit(run, "base", base, s.base)}
     flags, control = copy_of(run, base), copy_of(run, base)
-    arm = install(run.flags, supply_schedule(s), s.width)
+    arm = install(run.flags, supply_schedule(s), s.width, s.bare)
     logs["flags"], logs["control"] = fit_all([
         (run, "flags", flags, steps, arm, lambda step: 1 if step < s.produce else 2),
         (run, "control", control, steps)])
@@ -1316,7 +1319,7 @@ def compare(run):
     base, flags, control = train_all(run)[0]
     s, steps = run.size, run.size.produce + run.size.rely
     inner = dataclasses.replace(run, prompts=choose(run, s.track * 2, run.data.train))
-    method = lambda supply: install(run.flags, supply, s.width)
+    method = lambda supply: install(run.flags, supply, s.width, s.bare)
     trained = {"routing": (route(run), run.train),
                "shuffled": (shuffled(method(supply_schedule(s)), run.seed), run.train),
                "stage1": (method(lambda step: 0.0), run.train)}
@@ -1402,7 +1405,7 @@ def sweep(run, name):
             r = dataclasses.replace(run, flags=Flags(value, run.flags.dims))
         elif name == "width":   # with fewer flags than concepts the first ones, with more copies
             r = dataclasses.replace(run, flags=Flags(run.flags.layer, run.channels[-value:]), tracked=None)
-            whole = install(r.flags, supply_schedule(s), s.width)
+            whole = install(r.flags, supply_schedule(s), s.width, s.bare)
             which = torch.arange(value, device=run.device) % K
             arm = lambda step, batch, whole=whole, which=which: whole(step, batch._replace(y=batch.y[:, which]))
         elif value == LONG:
@@ -1410,7 +1413,7 @@ def sweep(run, name):
             r = dataclasses.replace(run, size=dataclasses.replace(s, supply=0.0, every=times * s.every))
         else:
             r = dataclasses.replace(run, size=dataclasses.replace(s, **{name: value}))
-        arm = arm or install(r.flags, supply_schedule(r.size), s.width)
+        arm = arm or install(r.flags, supply_schedule(r.size), s.width, s.bare)
         jobs.append((r, f"{name}-{value}".replace(" ", "-"), copy_of(run, base), times * steps, arm,
                      lambda step: 1 if step < s.produce else 2))
     rows = []
@@ -1540,7 +1543,7 @@ def relearn(run):
     """With the flags blanked for good, how soon does the flags model learn again from the prompt
     what its base knew; and how soon a model that never learned anything?"""
     (base, flags, _), s = train_all(run)[0], run.size
-    zero = install(run.flags, lambda step: 2.0, s.width)    # 2: without prompt too, all are supplied
+    zero = install(run.flags, lambda step: 1.0, s.width)
 
     def arm(step, batch):
         edit, _ = zero(step, batch._replace(y=torch.zeros_like(batch.y)))
@@ -1644,7 +1647,7 @@ def growth(run):
             return tensor
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             lm_loss(model, batch)
-        opts = optimizers(model, s, 1e-3, 1e-3)
+        opts = optimizers(model, 1e-3, 1e-3, 0.5)
         seconds = rounds({0: lambda: train_step(model, opts, batch)}, 3)[0]
         prompt = [[1] * (c["context"] // 2)]
         written = rounds({0: lambda: model.generate(prompt, 32)}, 3)[0] / 32
@@ -1658,11 +1661,11 @@ def bench(run):
     s = run.size
     batches = [to(run.device, D.batch(run.train, step, s.batch, run.seed)) for step in range(8)]
     tokens = sum(batch.idx.numel() for batch in batches)
-    arm = install(run.flags, lambda step: s.supply, s.width)
+    arm = install(run.flags, lambda step: s.supply, s.width, s.bare)
     train, writes = {}, {}
 
     def training(model, arm=None, opts=None, step=train_step):
-        opts = opts or optimizers(model, s, 1e-3, 1e-3)
+        opts = opts or optimizers(model, 1e-3, 1e-3, 0.5)
         return lambda: [step(model, opts, batch, arm) for batch in batches]
 
     for name, with_arm in (("base", None), ("flags", arm), ("control", None)):
@@ -1699,7 +1702,7 @@ def bench(run):
                 theirs.set_attn_implementation(kind)
                 job()
             return go
-        opts = optimizers(theirs, s, 1e-3, 1e-3, theirs.transformer.h)
+        opts = optimizers(theirs, 1e-3, 1e-3, 0.5, blocks=theirs.transformer.h)
         job = training(theirs, opts=opts, step=their_step)
         for kind in ("eager", "sdpa"):
             train["transformers", kind] = with_attention(kind, job)
