@@ -1424,17 +1424,18 @@ def sweep(run, name):
             rows[-1] |= short(r, model, base) | reading(r, model) | {"trajectory": log}
     write_file(run.out / f"sweep-{name}.json", json.dumps(rows, indent=1))
 
-    fig, axes = figure(1, 5 if name == "supply" else 2, figsize=(22 if name == "supply" else 11, 4))
-    x = [str(row["value"]).replace(", ", ",\n") for row in rows]
+    panels = {"width": 1, "supply": 5}.get(name, 2)
+    fig, axes = figure(1, panels, figsize=(4.5 * panels + 2, 4), squeeze=False)
+    axes, x = axes[0], [str(row["value"]).replace(", ", ",\n") for row in rows]
     axes[0].plot(x, [row["over control"] for row in rows], "o-")
     axes[0].set(xlabel=SWEEPS[name], ylabel="LM loss minus the control's (nats)")
     axes[0].axhline(0, color="grey", lw=0.8)
-    for key in ("conflict", "neutral", "intact", "blank", "exact"):
-        if key in rows[0]:
-            axes[1].errorbar(x, [row[key]["mean"] for row in rows], fmt="o-", label=key, capsize=2,
-                             yerr=[[row[key]["mean"] - row[key]["low"] for row in rows],
-                                   [row[key]["high"] - row[key]["mean"] for row in rows]])
-    axes[1].set(xlabel=SWEEPS[name], ylabel="share of texts (exact: of prompts)", ylim=(-0.02, 1.02))
+    for ax in axes[1:2]:
+        for key in ("conflict", "neutral", "intact", "blank", "exact"):
+            ax.errorbar(x, [row[key]["mean"] for row in rows], fmt="o-", label=key, capsize=2,
+                        yerr=[[row[key]["mean"] - row[key]["low"] for row in rows],
+                              [row[key]["high"] - row[key]["mean"] for row in rows]])
+        ax.set(xlabel=SWEEPS[name], ylabel="share of texts (exact: of prompts)", ylim=(-0.02, 1.02))
     for ax, key in zip(axes[2:], ("intact", "blank", "conflict")):      # trajectories, for each p
         for label, log in [*zip(x, (row["trajectory"] for row in rows)), ("control", logs["control"])]:
             ax.plot([point["step"] / log[-1]["step"] for point in log], [point[key] for point in log],
