@@ -234,10 +234,9 @@ def content(text: str, words: dict[str, str]) -> list[str]:
 def story(rng: random.Random, table: dict[str, dict[str, list[str]]]) -> Example:
     """One story, of one or two people and of one, two or three concepts.
 
-    It is told in three sentences, whatever the number of its concepts: so its length says nothing
-    of them. Nor does it ever come back to a concept that it has left: A B C, A B B or A A A.
+    Every concept is told, and none that was left comes back: A A, A B, A B B, A B C C.
     """
-    number = min(len(table), rng.choices((1, 2, 3), (40, 30, 30))[0])
+    number = min(len(table), rng.choices((1, 2, 3), (45, 33, 22))[0])
     concepts = rng.sample(list(table), number)
     cast = rng.sample(SHE + HE, rng.choice((1, 2)))
     cued = rng.random() < 0.65   # the other prompts say nothing: there only a flag can know
@@ -245,12 +244,13 @@ def story(rng: random.Random, table: dict[str, dict[str, list[str]]]) -> Example
     prompt = rng.choice(CUES if cued else NEUTRAL).format(
         names=" and ".join(cast), topics=" and ".join(", ".join(topics).rsplit(", ", 1)))
 
-    plan = [(concepts[min(i, number - 1)], form) for i, form in enumerate(rng.sample(TELLINGS, 3))]
+    told = rng.choice({1: (2, 3), 2: (2, 2, 3), 3: (3, 3, 3, 4)}[number])
+    plan = [(concepts[min(i, number - 1)], form) for i, form in enumerate(rng.sample(TELLINGS, told))]
     openings, endings = ([form for form in forms if len(cast) == 2 or "{other}" not in form]
                          for forms in (OPENINGS, ENDINGS))
     if rng.random() < 0.4:
         plan.insert(0, (None, rng.choice(openings)))
-    if rng.random() < 0.25:
+    if len(plan) < 5 and rng.random() < 0.25:
         plan.append((None, rng.choice(endings)))
 
     sentences, used, clear = [], set(), not cued

@@ -64,17 +64,18 @@ class Size:
     batch: int = 64             # sequences
     base: int = 200             # steps of the base model
     produce: int = 50           # steps of stage 1
-    rely: int = 650             # steps of stage 2
+    rely: int = 850             # steps of stage 2
     lr: float = 0.01            # peak rate of the matrices ...
     embedding_lr: float = 0.05  # ... and of everything else, in the base
     finetune_lr: float = 0.01   # the same for the flags model and the control
     finetune_embedding_lr: float = 0.02
     decay: float = 0.5          # weight decay of the base's matrices ...
     finetune_decay: float = 1.0             # ... and of the flags model's and the control's
+    ns_steps: int = 3           # in finetuning Muon makes weak directions of an update only so strong
     first_layer: int = 2        # k: flags stand in the stream after this block and all later ones
-    supply: float = 0.98        # p: the share of sequences whose flags are supplied in stage 2
+    supply: float = 0.95        # p: the share of sequences whose flags are supplied in stage 2
     bare: float = 0.5           # the part of p that sequences without prompt get
-    weight: float = 2.0         # lambda, of the flag loss
+    weight: float = 3.0         # lambda, of the flag loss
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every measured figure
     track: int = 64             # held-out prompts behind every point of a trajectory
@@ -88,8 +89,9 @@ SIZES = {
                  first_layer=1, prompts=16, track=8, every=10),
     # minutes on a laptop
     "small": Size(),
-    "small-wordnet": Size(vocab=4080, batch=128, context=64, base=300, produce=50, rely=1450,
-                          supply=0.8, bare=0.75, no_prompt=0.4, track=128, every=150),
+    "small-wordnet": Size(vocab=4080, batch=128, context=64, base=300, produce=50, rely=1250,
+                          finetune_decay=0.5, ns_steps=5, supply=0.9, bare=1.0, weight=2.0,
+                          no_prompt=0.5, track=128, every=100),
     # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
                    rely=1500, lr=0.005, finetune_lr=0.005),
@@ -287,7 +289,7 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
     s, file = run.size, run.out / f"{name}.pt"
     net, owner = spread(run, model)
     opts = optimizers(owner, *((s.lr, s.embedding_lr, s.decay) if name == "base" else
-                               (s.finetune_lr, s.finetune_embedding_lr, s.finetune_decay, 3)))
+                               (s.finetune_lr, s.finetune_embedding_lr, s.finetune_decay, s.ns_steps)))
     peaks = [opt.param_groups[0]["lr"] for opt in opts]
     begin, log, seconds, tokens = 0, [], 0.0, 0
     if file.exists():

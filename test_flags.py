@@ -271,7 +271,7 @@ def test_every_word_of_a_story_says_what_it_is_about(stories):
         assert set(D.content(e.prompt, stories.words)) in (set(), set(e.concepts))
         cued += bool(D.content(e.prompt, stories.words))
         sentences = re.split(r"(?<=[.!?]) ", e.text)
-        assert sum(bool(D.content(s, stories.words)) for s in sentences) == 3 <= len(sentences) <= 5
+        assert sum(bool(D.content(s, stories.words)) for s in sentences) in (2, 3, 4) and len(sentences) <= 5
     assert 0.55 < cued / 4000 < 0.75
     number = [len(e.concepts) for e in stories.train]
     assert set(number) == {1, 2, 3}
