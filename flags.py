@@ -361,7 +361,7 @@ def fit_all(jobs):
 
     def child(job):
         torch.set_num_threads(threads // at_once)
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG: told when the parent dies
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: does not outlive its parent
         with contextlib.suppress(Stop):
             fit(*job)
 
