@@ -64,18 +64,16 @@ class Size:
     batch: int = 64             # sequences
     base: int = 200             # steps of the base model
     produce: int = 50           # steps of stage 1
-    rely: int = 850             # steps of stage 2
+    rely: int = 650             # steps of stage 2
     lr: float = 0.01            # peak rate of the matrices ...
     embedding_lr: float = 0.05  # ... and of everything else, in the base
     finetune_lr: float = 0.01   # the same for the flags model and the control
     finetune_embedding_lr: float = 0.02
-    decay: float = 0.5          # weight decay of the base's matrices ...
-    finetune_decay: float = 1.0             # ... and of the flags model's and the control's
-    ns_steps: int = 3           # in finetuning Muon makes weak directions of an update only so strong
+    decay: float = 0.5          # weight decay of the matrices
     first_layer: int = 2        # k: flags stand in the stream after this block and all later ones
-    supply: float = 0.95        # p: the share of sequences whose flags are supplied in stage 2
+    supply: float = 0.98        # p: the share of sequences whose flags are supplied in stage 2
     bare: float = 0.5           # the part of p that sequences without prompt get
-    weight: float = 3.0         # lambda, of the flag loss
+    weight: float = 2.0         # lambda, of the flag loss
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every measured figure
     track: int = 64             # held-out prompts behind every point of a trajectory
@@ -90,8 +88,7 @@ SIZES = {
     # minutes on a laptop
     "small": Size(),
     "small-wordnet": Size(vocab=4080, batch=128, context=64, base=300, produce=50, rely=1250,
-                          finetune_decay=0.5, ns_steps=5, supply=0.9, bare=1.0, weight=2.0,
-                          no_prompt=0.5, track=128, every=100),
+                          supply=0.9, bare=1.0, no_prompt=0.5, track=128, every=100),
     # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
                    rely=1500, lr=0.005, finetune_lr=0.005),
@@ -190,18 +187,17 @@ def read(model, flags, prompts):
 
 # ---------------------------------------------------------------------------- training
 
-def optimizers(model, lr, embedding_lr, decay, ns_steps=5, blocks=None):
+def optimizers(model, s, lr, embedding_lr, blocks=None):
     """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for embeddings and norms.
 
     On the stories Muon needs less than half of AdamW's steps to the same loss, and the decay of
     its matrices is what erodes an unused route. Embeddings want a far higher rate: the words of a
-    concept have to find together. Muon makes all directions of an update equally large, weak ones
-    after the fifth of its ns_steps; with three they stay weak.
+    concept have to find together.
     """
     matrices = [p for p in (blocks or model.blocks).parameters() if p.dim() == 2 and p.requires_grad]
     ids = set(map(id, matrices))
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
-    return [torch.optim.Muon(matrices, lr, decay, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw"),
+    return [torch.optim.Muon(matrices, lr, weight_decay=s.decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, embedding_lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True)]
 
 
@@ -287,9 +283,9 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
     bits: batches, supply and measurements are functions of the seed and the step.
     """
     s, file = run.size, run.out / f"{name}.pt"
+    rates = ((s.lr, s.embedding_lr) if name == "base" else (s.finetune_lr, s.finetune_embedding_lr))
     net, owner = spread(run, model)
-    opts = optimizers(owner, *((s.lr, s.embedding_lr, s.decay) if name == "base" else
-                               (s.finetune_lr, s.finetune_embedding_lr, s.finetune_decay, s.ns_steps)))
+    opts = optimizers(owner, s, *rates)
     peaks = [opt.param_groups[0]["lr"] for opt in opts]
     begin, log, seconds, tokens = 0, [], 0.0, 0
     if file.exists():
@@ -1650,7 +1646,7 @@ def growth(run):
             return tensor
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             lm_loss(model, batch)
-        opts = optimizers(model, 1e-3, 1e-3, 0.5)
+        opts = optimizers(model, s, 1e-3, 1e-3)
         seconds = rounds({0: lambda: train_step(model, opts, batch)}, 3)[0]
         prompt = [[1] * (c["context"] // 2)]
         written = rounds({0: lambda: model.generate(prompt, 32)}, 3)[0] / 32
@@ -1668,7 +1664,7 @@ def bench(run):
     train, writes = {}, {}
 
     def training(model, arm=None, opts=None, step=train_step):
-        opts = opts or optimizers(model, 1e-3, 1e-3, 0.5)
+        opts = opts or optimizers(model, s, 1e-3, 1e-3)
         return lambda: [step(model, opts, batch, arm) for batch in batches]
 
     for name, with_arm in (("base", None), ("flags", arm), ("control", None)):
@@ -1705,7 +1701,7 @@ def bench(run):
                 theirs.set_attn_implementation(kind)
                 job()
             return go
-        opts = optimizers(theirs, 1e-3, 1e-3, 0.5, blocks=theirs.transformer.h)
+        opts = optimizers(theirs, s, 1e-3, 1e-3, theirs.transformer.h)
         job = training(theirs, opts=opts, step=their_step)
         for kind in ("eager", "sdpa"):
             train["transformers", kind] = with_attention(kind, job)
