@@ -418,7 +418,8 @@ def test_gradient_routing_against_a_hand_written_mask(prepared):
     run = dataclasses.replace(prepared, tok=dataclasses.replace(
         prepared.tok, decode=lambda ids: {5: " crab", 6: " and", 7: " cow"}.get(ids[0], "?")))
     targets = torch.tensor([[-100, 5, 6, 7]])           # given; a word of sea; plain; a word of farm
-    batch = D.Batch(targets.clamp(min=0), targets, torch.zeros(1, 16), torch.zeros(1))
+    y = torch.tensor([[float(concept in ("sea", "farm")) for concept in run.data.concepts]])
+    batch = D.Batch(targets.clamp(min=0), targets, y, torch.zeros(1))
     edit, _ = F.route(run)(0, batch)
     x = torch.randn(1, 4, 64, requires_grad=True)
     assert torch.equal(edit(1, x, None), x)             # nothing changes forwards
@@ -427,6 +428,12 @@ def test_gradient_routing_against_a_hand_written_mask(prepared):
     for t, concept in ((1, "sea"), (3, "farm")):
         passes[0, t] = 0
         passes[0, t, run.flags.dims[run.data.concepts.index(concept)]] = 1
+    assert torch.equal(x.grad, passes)
+
+    edit, x.grad = F.route(dataclasses.replace(run, data=dataclasses.replace(run.data, words=None)))(0, batch)[0], None
+    edit(1, x, None).sum().backward()                   # no words to tell by: the whole text is the concepts'
+    passes[0, 1:] = 0
+    passes[0, 1:, [run.flags.dims[i] for i in range(16) if y[0, i]]] = 1
     assert torch.equal(x.grad, passes)
 
 
@@ -1594,3 +1601,19 @@ def test_real_bad_folders(spoil, message, tmp_path, capsys):
     assert F.main(tiny(tmp_path, "--init", str(tmp_path / "model"))) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif("CI" not in os.environ, reason="takes half a minute: set CI=1 to run it")
+def test_real_comparison_and_sweep(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(F, "STRENGTHS", (1, 4))
+    size = dataclasses.replace(prepared.size, base=2, produce=1, rely=2, every=2, context=48)
+    run = dataclasses.replace(prepared, size=size, out=tmp_path, later={}, prompts=F.choose(prepared, 2),
+                              tracked=F.choose(prepared, 2))
+    with F.locked(run):
+        F.compare(run)
+        F.sweep(run, "supply")
+    arms = json.loads((tmp_path / "results.json").read_text())["compare"]
+    assert len(arms) == 8 and {"neutral", "conflict", "intact", "blank", "nll_gap", "loss"} <= arms["flags"].keys()
+    rows = json.loads((tmp_path / "sweep-supply.json").read_text())
+    assert [row["trajectory"][-1]["step"] for row in rows] == [30, 3, 3, 3, 3, 3]
+    assert rows[0]["value"] == F.LONG
