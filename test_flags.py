@@ -1606,7 +1606,7 @@ def test_real_bad_folders(spoil, message, tmp_path, capsys):
 @pytest.mark.skipif("CI" not in os.environ, reason="takes half a minute: set CI=1 to run it")
 def test_real_comparison_and_sweep(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(F, "STRENGTHS", (1, 4))
-    size = dataclasses.replace(prepared.size, base=2, produce=1, rely=2, every=2, context=48)
+    size = dataclasses.replace(prepared.size, base=2, produce=1, rely=2, every=2)
     run = dataclasses.replace(prepared, size=size, out=tmp_path, later={}, prompts=F.choose(prepared, 2),
                               tracked=F.choose(prepared, 2))
     with F.locked(run):
