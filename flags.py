@@ -351,7 +351,7 @@ def fit_all(jobs):
     """
     run, threads = jobs[0][0], torch.get_num_threads()
     forks = run.device.type == "cpu" and sys.platform == "linux" and not dist.is_initialized()
-    at_once = min(threads, len(jobs)) if forks and not run.pretrained else 1
+    run.at_once = at_once = min(threads, len(jobs)) if forks and not run.pretrained else 1
     for i, (_, name, *_) in enumerate(jobs):
         run.later[name] = sum(steps for _, _, _, steps, *_ in jobs[i + at_once::at_once])
 
@@ -752,6 +752,7 @@ class Run:
     top: int = None             # blocks that are finetuned, None: everything
     shard: bool = False         # under torchrun: FSDP2, not DDP
     signals: list = field(default_factory=list)     # Ctrl-C or SIGTERM came: stop after this step
+    at_once: int = 1            # trainings that go on at once
     later: dict = field(default_factory=dict)       # steps that come after each training
     seconds: dict = field(default_factory=dict)
     rate: dict = field(default_factory=dict)        # tokens a second
@@ -1078,7 +1079,8 @@ def main_job(run):
     pictures = draw(run, logs, matrix, flags)
     now = time.time()
     results["seconds"] = run.seconds | {"measure": now - measuring}
-    results["seconds"]["total"] = max(now - started, sum(results["seconds"].values()))     # taken up: the sum
+    beside = min(run.seconds["flags"], run.seconds["control"]) if run.at_once > 1 else 0
+    results["seconds"]["total"] = max(now - started, sum(results["seconds"].values()) - beside)    # if taken up
     write_file(run.out / "results.json", json.dumps(results, indent=1))
     lines = [json.dumps({"model": name} | point) for name, log in logs.items() for point in log]
     write_file(run.out / "log.jsonl", "\n".join(lines) + "\n")
