@@ -218,10 +218,10 @@ def content(text: str, words: dict[str, str]) -> list[str]:
 def story(rng: random.Random, table: dict[str, dict[str, list[str]]]) -> Example:
     """One story, of one or two people and of one, two or three concepts.
 
-    Every concept is told once before any is told again: a text that is cut short, or judged by
-    its first sentences, has still named as many of its concepts as it could.
+    It is told in three sentences, whatever the number of its concepts: so its length says nothing of
+    them. Every concept is told once before any is told again.
     """
-    number = min(len(table), rng.choices((1, 2, 3), (45, 33, 22))[0])
+    number = min(len(table), rng.choices((1, 2, 3), (40, 30, 30))[0])
     concepts = rng.sample(list(table), number)
     cast = rng.sample(SHE + HE, rng.choice((1, 2)))
     cued = rng.random() < 0.65   # the other prompts say nothing: there only a flag can know
@@ -232,8 +232,8 @@ def story(rng: random.Random, table: dict[str, dict[str, list[str]]]) -> Example
     prompt = rng.choice(CUES if cued else NEUTRAL).format(
         names=" and ".join(cast), topics=" and ".join(", ".join(topics).rsplit(", ", 1)))
 
-    told = rng.choice({1: (2, 3), 2: (2, 2, 3), 3: (3, 3, 3, 4)}[number])
-    plan = [(concepts[i % number], form) for i, form in enumerate(rng.sample(TELLINGS, told))]
+    plan = [(concepts[i] if i < number else rng.choice(concepts), form)
+            for i, form in enumerate(rng.sample(TELLINGS, 3))]
     openings, endings = ([form for form in forms if len(cast) == 2 or "{other}" not in form]
                          for forms in (OPENINGS, ENDINGS))
     if rng.random() < 0.4:

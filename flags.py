@@ -16,7 +16,8 @@ arXiv 2602.07828. The idea:
 was finetuned without flags, and draws. B, T, C, K, L: batch, time, channels, flags, layers.
 
 This file from the top: sizes, the idea (`install` and `steer` are all of it), training, measurements,
-a run, pictures; then what only some need: baselines, sweeps, probes, seeds, speed, steering by hand.
+a run, its files and pictures. Then what only some need: baselines, sweeps, probes, seeds, speed, several
+processes, real checkpoints. Last, steering by hand and the command line.
 """
 import argparse
 import contextlib
@@ -70,9 +71,9 @@ class Size:
     finetune_lr: float = 0.01   # the same for the flags model and the control
     finetune_embedding_lr: float = 0.02
     decay: float = 0.5          # weight decay of the matrices
-    first_layer: int = 2        # k: flags stand in the stream after this block and all later ones
-    supply: float = 0.98        # p: the share of sequences whose flags are supplied in stage 2
-    bare: float = 0.5           # the part of p that sequences without prompt get
+    first_layer: int = 3        # k: flags stand in the stream after this block and all later ones
+    supply: float = 1.0         # p: the share of sequences whose flags are supplied in stage 2
+    bare: float = 0.75          # the part of p that sequences without prompt get
     weight: float = 2.0         # lambda, of the flag loss
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every measured figure
@@ -88,13 +89,13 @@ SIZES = {
     # minutes on a laptop
     "small": Size(),
     "small-wordnet": Size(vocab=4080, batch=128, context=64, base=300, produce=50, rely=1250,
-                          supply=0.9, bare=1.0, no_prompt=0.5, track=128, every=100),
+                          first_layer=2, supply=0.9, bare=1.0, no_prompt=0.5, track=128, every=100),
     # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
-                   rely=1500, lr=0.005, finetune_lr=0.005),
+                   rely=1500, lr=0.005, finetune_lr=0.005, first_layer=5),
     # one GPU, GPT-2's shape
     "large": Size(layers=12, heads=12, width=768, context=256, vocab=8192, batch=256, base=5000,
-                  produce=500, rely=3000, lr=0.003, finetune_lr=0.003),
+                  produce=500, rely=3000, lr=0.003, finetune_lr=0.003, first_layer=7),
 }
 
 
@@ -223,20 +224,6 @@ def token_losses(model, batch, edit=None):
     return torch.zeros(at.shape, device=at.device).masked_scatter(at, losses)
 
 
-def parts(batch, micro=None):
-    """This process's rows of a batch, `micro` at a time: pairs of (share, part).
-
-    Both losses are means over the positions with a target. So the loss of the whole is the sum of
-    share x loss of the part, where a part's share is its share of the targets; and N times that
-    under torchrun, whose N processes average their gradients.
-    """
-    rank, N = process()
-    mine, whole = D.Batch(*(tensor[rank::N] for tensor in batch)), (batch.targets >= 0).sum()
-    for i in range(0, len(mine.idx), micro or len(mine.idx)):
-        part = D.Batch(*(tensor[i:i + (micro or len(tensor))] for tensor in mine))
-        yield N * (part.targets >= 0).sum() / whole, part
-
-
 def train_step(model, opts, batch, arm=None, step=0, weight=1.0, micro=None):
     """One step down the gradient of LM loss + weight x flag loss: (LM loss, flag loss, norm)."""
     losses = torch.zeros(2, device=batch.idx.device)
@@ -255,24 +242,6 @@ def train_step(model, opts, batch, arm=None, step=0, weight=1.0, micro=None):
             update(opt, step)
         opt.zero_grad()
     return *losses.tolist(), norm
-
-
-def update(opt, step):
-    """opt.step(); and for bfloat16 weights, whose 8 bits would round most small updates away: each
-    is stepped in float32, and then rounded up or down by chance, so that it is right on average."""
-    grads = {p: p.grad for group in opt.param_groups for p in group["params"]}
-    if next(iter(grads)).dtype != torch.bfloat16:
-        opt.step()
-        return
-    opt.zero_grad()
-    chance = torch.Generator(next(iter(grads)).device).manual_seed(step)
-    for p, grad in grads.items():       # one at a time: a float32 copy of one is all that it costs
-        p.data = p.data.float()
-        p.grad = grad.float()
-        opt.step()
-        p.grad, bits = None, p.data.view(torch.int32)
-        bits += torch.randint(1 << 16, bits.shape, generator=chance, device=p.device, dtype=torch.int32)
-        p.data = (bits & -(1 << 16)).view(torch.float32).bfloat16()
 
 
 def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
@@ -330,117 +299,13 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
         if time.time() - shown_at > 1 or noted:
             shown_at, left = time.time(), (steps - done + run.later[name]) * seconds / done
             point = {"lm": lm, "flags": flag} | (log[-1] if log else {})
-            shown = ("lm", "flags", "intact", "blank", "conflict")
-            progress(f"{name:7s} {done:4d}/{steps}  "
-                     + "  ".join(f"{key} {point[key]:.3f}" for key in shown if key in point)
-                     + f"  {tokens / seconds:,.0f} tokens/s  ETA {left // 60:.0f}:{left % 60:02.0f}",
-                     end=noted)
+            shown = [f"{key} {point[key]:.3f}" for key in ("lm", "flags", "intact", "blank", "conflict")
+                     if key in point]
+            progress(f"{name:7s} {done:4d}/{steps}  {'  '.join(shown)}  {tokens / seconds:,.0f} tokens/s  "
+                     f"ETA {left // 60:.0f}:{left % 60:02.0f}", end=noted)
     settle(model, owner)
     run.seconds[name], run.rate[name] = seconds, tokens / seconds
     return log
-
-
-# ---------------------------------------------------------------------------- several processes
-
-def fit_all(jobs):
-    """fit(*job) for each job, and their logs.
-
-    For models of this size one CPU thread for each of two trainings does more than two threads for
-    one. So as many jobs as there are threads go on at once, each in a forked process with one; what
-    reaches the last lines here is finished, or was stopped, or fails once more and says why.
-    """
-    run, threads = jobs[0][0], torch.get_num_threads()
-    forks = run.device.type == "cpu" and sys.platform == "linux" and not dist.is_initialized()
-    run.at_once = at_once = min(threads, len(jobs)) if forks and not run.pretrained else 1
-    for i, (_, name, *_) in enumerate(jobs):
-        run.later[name] = sum(steps for _, _, _, steps, *_ in jobs[i + at_once::at_once])
-
-    def child(job):
-        torch.set_num_threads(threads // at_once)
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: does not outlive its parent
-        with contextlib.suppress(Stop):
-            fit(*job)
-
-    waiting, going = list(jobs) if at_once > 1 else [], []
-    while waiting or going:
-        while waiting and len(going) < at_once:
-            going.append(multiprocessing.get_context("fork").Process(target=child, args=(waiting.pop(0),)))
-            going[-1].start()
-        time.sleep(0.1)
-        if run.signals:
-            waiting = []
-            for one in going:
-                one.terminate()
-        going = [one for one in going if one.is_alive()]
-    torch.set_num_threads(threads // at_once)
-    try:
-        return [fit(*job) for job in jobs]
-    finally:
-        torch.set_num_threads(threads)
-
-
-def process():
-    """This process's rank and their number: (0, 1) unless torchrun started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def spread(run, model):
-    """What fit trains, and which module owns its weights: the model, but under torchrun DDP if the
-    memory for that is there on each device, and else FSDP2, which deals weights, gradients and
-    optimizer state out to the processes (weights in float32, gathered for use in the model's dtype).
-    """
-    if not dist.is_initialized():
-        return model, model
-    if not run.shard:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True), model
-    mesh = dist.init_device_mesh(run.device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=model.wte.weight.dtype, reduce_dtype=torch.float32)
-    net = copy.deepcopy(model).float()
-    for module in (*net.blocks, net):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    return net, net
-
-
-def gather(tree):
-    """Nested dicts and lists with the tensors that are dealt out to processes put together."""
-    if isinstance(tree, dict):
-        return {key: gather(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [gather(value) for value in tree]
-    return tree.full_tensor().cpu() if isinstance(tree, DTensor) else tree
-
-
-@torch.no_grad()
-def settle(model, owner):
-    """The trained weights into model, the plain one, which is measured."""
-    if owner is not model:
-        for p, trained in zip(model.parameters(), owner.parameters()):
-            p.copy_(gather(trained))
-
-
-@torch.no_grad()
-def restore(owner, opts, saved):
-    """Weights and optimizer states from a checkpoint, dealt out as owner's are."""
-    def like(p, value):
-        return distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
-
-    for name, p in owner.named_parameters():
-        p.copy_(like(p, saved["model"][name]))
-    for opt, state in zip(opts, saved["optimizers"]):
-        opt.load_state_dict(state)
-        weights = [p for group in opt.param_groups for p in group["params"]]
-        for i, values in state["state"].items():        # not in the weights' dtype, as torch has it
-            opt.state[weights[i]] = {key: like(weights[i], value) if torch.is_tensor(value) and value.dim()
-                                     else value for key, value in values.items()}
-
-
-def agree(*numbers):
-    """The largest of each number over all processes: what one was told, all do at the same step."""
-    if dist.is_initialized():
-        numbers = torch.tensor(numbers, dtype=torch.int64, device=find_device())
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        numbers = numbers.tolist()
-    return numbers
 
 
 @torch.no_grad()
@@ -761,88 +626,6 @@ class Run:
         return [self.tok.begin] + self.tok.encode(prompt)
 
 
-def find_device():
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def keep_memory():
-    """Let malloc keep what it frees. glibc gives large blocks back to the kernel and asks for them
-    again at every step, and each page is zeroed anew: a quarter of a CPU training step."""
-    with contextlib.suppress(OSError, AttributeError):      # no glibc: nothing to mend
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)                 # M_MMAP_MAX: no block of its own mapping
-        libc.mallopt(-1, 1 << 30)           # M_TRIM_THRESHOLD: keep up to 1 GB
-
-
-def save(path, content):
-    """Write a checkpoint so that at every moment either the old one or the new one is whole."""
-    beside = path.with_suffix(".tmp")
-    try:
-        with open(beside, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise Stop(f"{path} can't be written: {error.strerror}; what stood there before is whole")
-
-
-def read_checkpoint(path, device):
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:      # whatever a broken file makes of the unpickler
-        raise Stop(f"{path} is no whole checkpoint of this program "
-                   f"({type(error).__name__}); --fresh starts over")
-
-
-def load(run, path):
-    saved = read_checkpoint(path, run.device)
-    differ = [f"{key} was {saved['settings'].get(key)!r} and is now {value!r}"
-              for key, value in run.settings.items() if saved["settings"].get(key) != value]
-    if differ:
-        raise Stop(f"{path} was made with other settings: {'; '.join(differ)}. "
-                   "--fresh starts over, --out DIR goes elsewhere")
-    return saved
-
-
-@contextlib.contextmanager
-def locked(run, fresh=False):
-    """A run's folder, its own alone; and Ctrl-C and SIGTERM taken as: stop after this step."""
-    try:
-        run.out.mkdir(parents=True, exist_ok=True)
-        lock = open(run.out / ".lock", "w")
-        if process()[0] == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Stop(f"another run is writing to {run.out}; wait for it, or use --out DIR")
-    except OSError as error:
-        raise Stop(f"can't write to {run.out}: {error.strerror}; use --out DIR")
-    if fresh and process()[0] == 0:
-        for name in ("base", "flags", "control"):
-            (run.out / f"{name}.pt").unlink(missing_ok=True)
-    agree(0)        # all wait until the old checkpoints are gone
-    run.signals.clear()
-    before = {sig: signal.signal(sig, lambda number, frame: run.signals.append(number))
-              for sig in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for sig, handler in before.items():
-            signal.signal(sig, handler)
-        lock.close()
-
-
-def progress(line, end=True):
-    """A line that the next one overwrites, in a terminal; elsewhere only the last ones are printed."""
-    if sys.stdout.isatty():
-        print("\r" + line.ljust(shutil.get_terminal_size().columns - 1), end="\n" if end else "", flush=True)
-    elif end:
-        print(line, flush=True)
-
-
 def prepare(args):
     """Everything that the command line settles: data, tokenizer, held-out prompts, judge."""
     s = SIZES.get(f"{args.size}-{args.data}", SIZES[args.size])
@@ -894,68 +677,6 @@ def out_folder(args):
     return Path(args.out or "out/" + "-".join(part for part in parts if part))
 
 
-def take_over(args, s):
-    """--init: the model and the tokenizer in a folder, and the sizes that follow from them."""
-    try:
-        base, tok = GPT.from_pretrained(args.init, s.context), D.load_tokenizer(args.init)
-    except (ValueError, OSError, ImportError):
-        raise
-    except Exception as error:      # whatever a broken file makes of its reader
-        raise ValueError(f"{args.init} is no whole model folder ({type(error).__name__}: {error})")
-    c, lr = base.config, args.lr or [3e-4]
-    if tok.n_vocab > c.vocab_size:
-        raise ValueError(f"{args.init}: the tokenizer has {tok.n_vocab} ids, the model {c.vocab_size}")
-    return base, tok, dataclasses.replace(
-        s, layers=c.n_layer, heads=c.n_head, width=c.n_embd, vocab=c.vocab_size, context=c.context,
-        first_layer=min(c.n_layer, max(2, c.n_layer // 4)), base=0, finetune_lr=lr[0],
-        finetune_embedding_lr=lr[-1])
-
-
-def fingerprint(model):
-    """A checksum of all weights: a checkpoint of a run knows the base that it was made from."""
-    crc = 0
-    for p in model.parameters():
-        crc = zlib.crc32(p.detach().numpy(), crc)
-    return crc
-
-
-def by_use(run, model, batches=32):
-    """All channels of the stream, those that the model uses most first.
-
-    The use of a channel is the mean of (x dLoss/dx)^2 over flag positions and layers >= k: to first
-    order x dLoss/dx is what a position's loss changes when the channel is overwritten with 0.
-    """
-    use = torch.zeros(model.config.n_embd, device=run.device)
-    for step in range(batches):
-        batch, seen = to(run.device, D.batch(run.train, step, 4, run.seed)), []
-
-        def edit(layer, x, pos):                                            # x (B, T, C)
-            if layer >= run.flags.layer:
-                seen.append(x)
-            return x
-        slopes = torch.autograd.grad(lm_loss(model, batch, edit), seen)
-        for x, slope in zip(seen, slopes):
-            use += (x.detach().float() * slope.float())[batch.targets >= 0].square().sum(0)
-    return use.argsort(descending=True, stable=True).tolist()
-
-
-def fencing(run, base):
-    """Loss (nats a token) of an untrained base whose channels are overwritten where flags will stand,
-    with zeros and with the labels: is it right to take the least used ones?"""
-    K, C = len(run.flags.dims), base.config.n_embd
-    sets = {"least used": run.flags.dims, "last": list(range(C - K, C)),
-            "random": random.Random(run.seed).sample(range(C), K), "most used": run.channels[:K]}
-    result = {"dims": run.flags.dims, "layer": run.flags.layer, "untouched": held_out(run, base)}
-    for name, dims in sets.items():
-        labels = install(Flags(run.flags.layer, dims), lambda step: 1.0, C)
-        zeros = lambda step, batch: labels(step, batch._replace(y=torch.zeros_like(batch.y)))
-        result[name] = {"zeros": held_out(run, base, arm=zeros), "labels": held_out(run, base, arm=labels)}
-    print(f"flags are channels {', '.join(map(str, run.flags.dims))}; held-out loss before finetuning, "
-          f"{result['untouched']:.4f}; with channels overwritten by zeros / labels: "
-          + ", ".join(f"{name} {result[name]['zeros']:.4f} / {result[name]['labels']:.4f}" for name in sets))
-    return result
-
-
 def new_model(run):
     if run.pretrained:
         return run.pretrained
@@ -964,57 +685,6 @@ def new_model(run):
     vocab = -(-(run.tok.n_vocab + len(run.data.concepts)) // 64) * 64    # room for control tokens
     return GPT(Config(vocab_size=vocab, context=s.context, n_layer=s.layers, n_head=s.heads,
                       n_embd=s.width)).to(run.device)
-
-
-def needs(model, rows, length, top=None, N=1):
-    """Bytes that finetuning takes on each device, reckoned and not measured: {what: bytes}.
-
-    rows sequences of `length` tokens go through at once; top blocks are trained (None: everything);
-    N > 1: FSDP2 deals out to N processes. Activations in bfloat16: a block keeps about 8 values as
-    wide as the stream, 3 as q, k and v, 2 as the MLP's; with checkpointing that is kept (and its
-    gradients) for one block at a time, and only the stream for the others. Logits take 10 bytes:
-    bfloat16, float32, and their gradients. Measuring takes turns with the activations and is left out.
-    """
-    c, block = model.config, model.blocks[0]
-    count = lambda parameters: sum(p.numel() for p in parameters)
-    size, tokens = model.wte.weight.element_size(), rows * length
-    blocks = list(model.blocks[-(top or c.n_layer):].parameters())
-    n, matrices = count(model.parameters()), count(p for p in blocks if p.dim() == 2)
-    trained, each = count(blocks) if top else n, size if N == 1 else 4 / N
-    inside = 8 * c.n_embd + 3 * len(block.attn.qkv.weight) + 2 * len(block.mlp.up.weight)
-    kept = c.n_layer * c.n_embd + 2 * inside if model.checkpoint else c.n_layer * inside
-    return {"base, flags, control": 3 * n * size + (N > 1) * n * each, "gradients": trained * each,
-            "Muon": matrices * 4 / N, "AdamW": 2 * (trained - matrices) * 4 / N,     # in float32
-            "activations": 2 * tokens * kept + 10 * tokens * c.vocab_size
-            + (size == 4) * 2 * n}      # autocast's bfloat16 copies of float32 weights
-
-
-def fit_memory(run, model):
-    """Print what memory finetuning needs. Too much: FSDP2 under torchrun, else say what would help."""
-    N, device = process()[1], run.device
-    if device.type == "cuda":
-        room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
-    else:
-        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 if device.type == "mps" else N)
-    rows = min(run.micro or run.size.batch, -(-run.size.batch // N))
-    length = max(len(row.prompt) + len(row.text) - 1 for row in run.train)
-    plan = needs(model, rows, length, run.top)
-    run.shard = N > 1 and sum(plan.values()) > room
-    if run.shard:
-        plan = needs(model, rows, length, run.top, N)
-    GB = lambda need: f"{need / 1e9:.1f} GB"
-    if sum(plan.values()) < room / 10:      # no news
-        return
-    print(f"memory: {GB(sum(plan.values()))} of {GB(room)} on each device, reckoned: "
-          + ", ".join(f"{what} {GB(need)}" for what, need in plan.items())
-          + (f"; {N} processes, {'FSDP2' if run.shard else 'DDP'}" if N > 1 else ""))
-    if sum(plan.values()) > room:
-        fewest = run.size.layers - run.size.first_layer + 1
-        print("  it does not fit; with " + ", with ".join(
-            f"{option} {GB(sum(needs(model, *numbers).values()))}" for option, numbers in {
-                "--micro 1": (1, length, run.top, N), f"--train {fewest}": (rows, length, fewest, N),
-                f"--micro 1 --train {fewest}": (1, length, fewest, N),
-                f"torchrun --nproc_per_node={2 * N} and --micro 1": (1, length, run.top, 2 * N)}.items()))
 
 
 def copy_of(run, model):
@@ -1135,6 +805,90 @@ def report(run, results, pictures):
     print(f"\n{results['seconds']['total']:.0f} s. Wrote "
           + ", ".join(str(path) for path in [run.out / "results.json", run.out / "log.jsonl",
                                               run.out / "flags.pt", *pictures]))
+
+
+# ---------------------------------------------------------------------------- checkpoints and locks
+
+def save(path, content):
+    """Write a checkpoint so that at every moment either the old one or the new one is whole."""
+    beside = path.with_suffix(".tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise Stop(f"{path} can't be written: {error.strerror}; what stood there before is whole")
+
+
+def read_checkpoint(path, device):
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:      # whatever a broken file makes of the unpickler
+        raise Stop(f"{path} is no whole checkpoint of this program "
+                   f"({type(error).__name__}); --fresh starts over")
+
+
+def load(run, path):
+    saved = read_checkpoint(path, run.device)
+    differ = [f"{key} was {saved['settings'].get(key)!r} and is now {value!r}"
+              for key, value in run.settings.items() if saved["settings"].get(key) != value]
+    if differ:
+        raise Stop(f"{path} was made with other settings: {'; '.join(differ)}. "
+                   "--fresh starts over, --out DIR goes elsewhere")
+    return saved
+
+
+@contextlib.contextmanager
+def locked(run, fresh=False):
+    """A run's folder, its own alone; and Ctrl-C and SIGTERM taken as: stop after this step."""
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        lock = open(run.out / ".lock", "w")
+        if process()[0] == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Stop(f"another run is writing to {run.out}; wait for it, or use --out DIR")
+    except OSError as error:
+        raise Stop(f"can't write to {run.out}: {error.strerror}; use --out DIR")
+    if fresh and process()[0] == 0:
+        for name in ("base", "flags", "control"):
+            (run.out / f"{name}.pt").unlink(missing_ok=True)
+    agree(0)        # all wait until the old checkpoints are gone
+    run.signals.clear()
+    before = {sig: signal.signal(sig, lambda number, frame: run.signals.append(number))
+              for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+        lock.close()
+
+
+def progress(line, end=True):
+    """A line that the next one overwrites, in a terminal; elsewhere only the last ones are printed."""
+    if sys.stdout.isatty():
+        print("\r" + line.ljust(shutil.get_terminal_size().columns - 1), end="\n" if end else "", flush=True)
+    elif end:
+        print(line, flush=True)
+
+
+def find_device():
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def keep_memory():
+    """Let malloc keep what it frees. glibc gives large blocks back to the kernel and asks for them
+    again at every step, and each page is zeroed anew: a quarter of a CPU training step."""
+    with contextlib.suppress(OSError, AttributeError):      # no glibc: nothing to mend
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)                 # M_MMAP_MAX: no block of its own mapping
+        libc.mallopt(-1, 1 << 30)           # M_TRIM_THRESHOLD: keep up to 1 GB
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -1318,12 +1072,11 @@ def compare(run):
         main_job(run)
     base, flags, control = train_all(run)[0]
     s, steps = run.size, run.size.produce + run.size.rely
-    inner = dataclasses.replace(run, prompts=choose(run, s.track * 2, run.data.train))
-    method = lambda supply: install(run.flags, supply, s.width, s.bare)
+    K, by_label = len(run.data.concepts), lambda supply: install(run.flags, supply, s.width, s.bare)
     trained = {"routing": (route(run), run.train),
-               "shuffled": (shuffled(method(supply_schedule(s)), run.seed), run.train),
-               "stage1": (method(lambda step: 0.0), run.train)}
-    if base.config.vocab_size < run.tok.n_vocab + len(run.data.concepts):
+               "shuffled": (shuffled(by_label(supply_schedule(s)), run.seed), run.train),
+               "stage1": (by_label(lambda step: 0.0), run.train)}
+    if base.config.vocab_size < run.tok.n_vocab + K:
         print(f"no control token: {base.config.vocab_size} embeddings leave no room for new tokens")
     else:
         trained["token"] = None, with_control_tokens(run, run.train)
@@ -1331,34 +1084,26 @@ def compare(run):
     fit_all([(dataclasses.replace(run, train=rows), name, models[name], steps, arm)
              for name, (arm, rows) in trained.items()])
 
-    def best(ways):
-        """The strength that wins most conflicts on prompts of its own (from the training split)."""
-        p, K = inner.prompts, len(run.data.concepts)
-        wins = {strength: sum(map(about, run.judge(write(inner, model, p.cued, hot(K, p.b), by)), p.b))
-                for strength, (model, by) in ways.items()}
-        return max(wins, key=wins.get)
-
-    directions = means(run, control)
-    others = run.channels[:len(run.flags.dims)]
-    adding = {a: (control, by_adding(run, directions, a)) for a in STRENGTHS}
-    setting = {a: (models["routing"], by_setting(run, models["routing"], a)) for a in STRENGTHS}
-    curves = {"difference of means": {a: short(run, base=base, model=m, by=by)
-                                      for a, (m, by) in adding.items()},
-              "gradient routing": {a: short(run, base=base, model=m, by=by)
-                                   for a, (m, by) in setting.items()}}
-    arms = {
-        "flags": short(run, flags, base),
-        "no steering": short(run, control, base, unsteered),
-        "difference of means": curves["difference of means"][best(adding)],
-        "gradient routing": curves["gradient routing"][best(setting)],
-        "shuffled labels": short(run, models["shuffled"], base),
-        "stage 1 only": short(run, models["stage1"], base),
-        "16 other dimensions": short(dataclasses.replace(run, flags=Flags(run.flags.layer, others)), flags, base),
-    }
+    others = dataclasses.replace(run, flags=Flags(run.flags.layer, run.channels[:K]))
+    arms = {"flags": short(run, flags, base),
+            "no steering": short(run, control, base, unsteered),
+            "shuffled labels": short(run, models["shuffled"], base),
+            "stage 1 only": short(run, models["stage1"], base),
+            f"{K} other dimensions": short(others, flags, base)}
     if "token" in models:
         arms["control token"] = short(run, models["token"], base, by_control_token(run))
-    for name in curves:
-        arms[name]["strength"] = best(adding if name == "difference of means" else setting)
+
+    directions, own = means(run, control), choose(run, 2 * s.track, run.data.train)
+    ways = {"difference of means": (control, lambda a: by_adding(run, directions, a)),
+            "gradient routing": (models["routing"], lambda a: by_setting(run, models["routing"], a))}
+    curves = {}
+    for name, (model, by) in ways.items():
+        def wins(strength):     # on prompts of its own, from the training split
+            texts = write(run, model, own.cued, hot(K, own.b), by(strength))
+            return sum(map(about, run.judge(texts), own.b))
+        curves[name] = {a: short(run, model, base, by(a)) for a in STRENGTHS}
+        best = max(STRENGTHS, key=wins)
+        arms[name] = curves[name][best] | {"strength": best}
     path = run.out / "results.json"
     write_file(path, json.dumps(json.loads(path.read_text()) | {"compare": arms}, indent=1))
 
@@ -1566,6 +1311,9 @@ def relearn(run):
 
 # ---------------------------------------------------------------------------- seeds: --seeds N
 
+FIGURES = ("seconds", "loss", "read", "steer", "reliance", "judge", "compare")
+
+
 def seeds(args):
     """The whole job with seeds args.seed, args.seed + 1, ...; then mean and range of each figure."""
     out, results = out_folder(args), []
@@ -1577,30 +1325,26 @@ def seeds(args):
             run = prepare(one)
             with locked(run, args.fresh):
                 (compare if args.compare else main_job)(run)
-        results.append(json.loads(path.read_text()))
+        result = json.loads(path.read_text())
+        result["loss"]["flags - control"] = result["loss"]["flags"] - result["loss"]["control"]
+        results.append(leaves({key: result[key] for key in FIGURES if key in result}))
     table = {}
-    for path in sorted({path for result in results for path in leaves(result)}):
-        values = [leaves(result)[path] for result in results if path in leaves(result)]
+    for path in sorted(set().union(*results)):
+        values = [result[path] for result in results if path in result]
         table[path] = {"mean": float(np.mean(values)), "low": min(values), "high": max(values), "n": len(values)}
     write_file(out / "seeds.json", json.dumps(table, indent=1))
     print(f"\n{args.seeds} seeds: mean [lowest, highest]")
     for path, row in table.items():
-        print(f"  {path:28s}{row['mean']:8.3f}  [{row['low']:.3f}, {row['high']:.3f}]")
+        print(f"  {path:42s}{row['mean']:8.3f}  [{row['low']:.3f}, {row['high']:.3f}]")
     print(f"Wrote {out / 'seeds.json'}")
 
 
-def leaves(result):
+def leaves(tree, path=""):
     """The figures of a results.json by their path: {"steer conflict": 0.98, ...}."""
-    found = {f"loss {name}": value for name, value in result["loss"].items()}
-    found["loss flags - control"] = result["loss"]["flags"] - result["loss"]["control"]
-    found["seconds"] = result["seconds"]["total"]
-    groups = {"read": result["read"], "steer": result["steer"], "judge": result["judge"]} | {
-        f"{name}": views for name, views in result["reliance"].items()}
-    groups |= {f"compare {arm}:": rows for arm, rows in result.get("compare", {}).items()}
-    for group, rows in groups.items():
-        found |= {f"{group} {name}": value["mean"] if isinstance(value, dict) else value
-                  for name, value in rows.items() if isinstance(value, (dict, float))}
-    return found
+    if isinstance(tree, dict) and "mean" not in tree:
+        return {key: value for name in tree for key, value in leaves(tree[name], f"{path} {name}").items()}
+    value = tree["mean"] if isinstance(tree, dict) else tree
+    return {path.strip(): value} if isinstance(value, float) else {}
 
 
 # ---------------------------------------------------------------------------- speed: --bench
@@ -1753,20 +1497,254 @@ def bench(run):
     print(f"Wrote {path}")
 
 
-# ---------------------------------------------------------------------------- steering by hand
+# ---------------------------------------------------------------------------- several processes
 
-def take_up(args):
-    """A finished run's model, tokenizer, concepts and flags, from its folder."""
-    out = out_folder(args)
-    command = f"python flags.py --size {args.size}" + (
-        "" if args.data == "stories" else f" --data {args.data}") + (
-        f" --init {args.init}" if args.init else "")
-    if not (out / "results.json").exists():
-        raise Stop(f"{out} holds no finished run; make one with `{command}`")
-    saved = read_checkpoint(out / "flags.pt", torch.device("cpu"))
-    model = GPT(Config(**saved["config"]))
-    model.load_state_dict(saved["model"])
-    return model.eval(), D.load_tokenizer(out), saved["concepts"], Flags(**saved["flags"])
+def fit_all(jobs):
+    """fit(*job) for each job, and their logs.
+
+    For models of this size one CPU thread for each of two trainings does more than two threads for
+    one. So as many jobs as there are threads go on at once, each in a forked process with one; what
+    reaches the last lines here is finished, or was stopped, or fails once more and says why.
+    """
+    run, threads = jobs[0][0], torch.get_num_threads()
+    forks = run.device.type == "cpu" and sys.platform == "linux" and not dist.is_initialized()
+    run.at_once = at_once = min(threads, len(jobs)) if forks and not run.pretrained else 1
+    for i, (_, name, *_) in enumerate(jobs):
+        run.later[name] = sum(steps for _, _, _, steps, *_ in jobs[i + at_once::at_once])
+
+    def child(job):
+        torch.set_num_threads(threads // at_once)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: does not outlive its parent
+        with contextlib.suppress(Stop):
+            fit(*job)
+
+    waiting, going = list(jobs) if at_once > 1 else [], []
+    while waiting or going:
+        while waiting and len(going) < at_once:
+            going.append(multiprocessing.get_context("fork").Process(target=child, args=(waiting.pop(0),)))
+            going[-1].start()
+        time.sleep(0.1)
+        if run.signals:
+            waiting = []
+            for one in going:
+                one.terminate()
+        going = [one for one in going if one.is_alive()]
+    torch.set_num_threads(threads // at_once)
+    try:
+        return [fit(*job) for job in jobs]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def process():
+    """This process's rank and their number: (0, 1) unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def agree(*numbers):
+    """The largest of each number over all processes: what one was told, all do at the same step."""
+    if dist.is_initialized():
+        numbers = torch.tensor(numbers, dtype=torch.int64, device=find_device())
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        numbers = numbers.tolist()
+    return numbers
+
+
+def parts(batch, micro=None):
+    """This process's rows of a batch, `micro` at a time: pairs of (share, part).
+
+    Both losses are means over the positions with a target. So the loss of the whole is the sum of
+    share x loss of the part, where a part's share is its share of the targets; and N times that
+    under torchrun, whose N processes average their gradients.
+    """
+    rank, N = process()
+    mine, whole = D.Batch(*(tensor[rank::N] for tensor in batch)), (batch.targets >= 0).sum()
+    for i in range(0, len(mine.idx), micro or len(mine.idx)):
+        part = D.Batch(*(tensor[i:i + (micro or len(tensor))] for tensor in mine))
+        yield N * (part.targets >= 0).sum() / whole, part
+
+
+def spread(run, model):
+    """What fit trains, and which module owns its weights: the model, but under torchrun DDP if the
+    memory for that is there on each device, and else FSDP2, which deals weights, gradients and
+    optimizer state out to the processes (weights in float32, gathered for use in the model's dtype).
+    """
+    if not dist.is_initialized():
+        return model, model
+    if not run.shard:
+        return DistributedDataParallel(model, gradient_as_bucket_view=True), model
+    mesh = dist.init_device_mesh(run.device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=model.wte.weight.dtype, reduce_dtype=torch.float32)
+    net = copy.deepcopy(model).float()
+    for module in (*net.blocks, net):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    return net, net
+
+
+def gather(tree):
+    """Nested dicts and lists with the tensors that are dealt out to processes put together."""
+    if isinstance(tree, dict):
+        return {key: gather(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [gather(value) for value in tree]
+    return tree.full_tensor().cpu() if isinstance(tree, DTensor) else tree
+
+
+@torch.no_grad()
+def settle(model, owner):
+    """The trained weights into model, the plain one, which is measured."""
+    if owner is not model:
+        for p, trained in zip(model.parameters(), owner.parameters()):
+            p.copy_(gather(trained))
+
+
+@torch.no_grad()
+def restore(owner, opts, saved):
+    """Weights and optimizer states from a checkpoint, dealt out as owner's are."""
+    def like(p, value):
+        return distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
+
+    for name, p in owner.named_parameters():
+        p.copy_(like(p, saved["model"][name]))
+    for opt, state in zip(opts, saved["optimizers"]):
+        opt.load_state_dict(state)
+        weights = [p for group in opt.param_groups for p in group["params"]]
+        for i, values in state["state"].items():        # not in the weights' dtype, as torch has it
+            opt.state[weights[i]] = {key: like(weights[i], value) if torch.is_tensor(value) and value.dim()
+                                     else value for key, value in values.items()}
+
+
+def update(opt, step):
+    """opt.step(); and for bfloat16 weights, whose 8 bits would round most small updates away: each
+    is stepped in float32, and then rounded up or down by chance, so that it is right on average."""
+    grads = {p: p.grad for group in opt.param_groups for p in group["params"]}
+    if next(iter(grads)).dtype != torch.bfloat16:
+        opt.step()
+        return
+    opt.zero_grad()
+    chance = torch.Generator(next(iter(grads)).device).manual_seed(step)
+    for p, grad in grads.items():       # one at a time: a float32 copy of one is all that it costs
+        p.data = p.data.float()
+        p.grad = grad.float()
+        opt.step()
+        p.grad, bits = None, p.data.view(torch.int32)
+        bits += torch.randint(1 << 16, bits.shape, generator=chance, device=p.device, dtype=torch.int32)
+        p.data = (bits & -(1 << 16)).view(torch.float32).bfloat16()
+
+
+# ---------------------------------------------------------------------------- real checkpoints: --init
+
+def take_over(args, s):
+    """--init: the model and the tokenizer in a folder, and the sizes that follow from them."""
+    try:
+        base, tok = GPT.from_pretrained(args.init, s.context), D.load_tokenizer(args.init)
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:      # whatever a broken file makes of its reader
+        raise ValueError(f"{args.init} is no whole model folder ({type(error).__name__}: {error})")
+    c, lr = base.config, args.lr or [3e-4]
+    if tok.n_vocab > c.vocab_size:
+        raise ValueError(f"{args.init}: the tokenizer has {tok.n_vocab} ids, the model {c.vocab_size}")
+    return base, tok, dataclasses.replace(
+        s, layers=c.n_layer, heads=c.n_head, width=c.n_embd, vocab=c.vocab_size, context=c.context,
+        first_layer=c.n_layer // 2 + 1, base=0, finetune_lr=lr[0],
+        finetune_embedding_lr=lr[-1])
+
+
+def fingerprint(model):
+    """A checksum of all weights: a checkpoint of a run knows the base that it was made from."""
+    crc = 0
+    for p in model.parameters():
+        crc = zlib.crc32(p.detach().numpy(), crc)
+    return crc
+
+
+def by_use(run, model, batches=32):
+    """All channels of the stream, those that the model uses most first.
+
+    The use of a channel is the mean of (x dLoss/dx)^2 over flag positions and layers >= k: to first
+    order x dLoss/dx is what a position's loss changes when the channel is overwritten with 0.
+    """
+    use = torch.zeros(model.config.n_embd, device=run.device)
+    for step in range(batches):
+        batch, seen = to(run.device, D.batch(run.train, step, 4, run.seed)), []
+
+        def edit(layer, x, pos):                                            # x (B, T, C)
+            if layer >= run.flags.layer:
+                seen.append(x)
+            return x
+        slopes = torch.autograd.grad(lm_loss(model, batch, edit), seen)
+        for x, slope in zip(seen, slopes):
+            use += (x.detach().float() * slope.float())[batch.targets >= 0].square().sum(0)
+    return use.argsort(descending=True, stable=True).tolist()
+
+
+def fencing(run, base):
+    """Loss (nats a token) of an untrained base whose channels are overwritten where flags will stand,
+    with zeros and with the labels: is it right to take the least used ones?"""
+    K, C = len(run.flags.dims), base.config.n_embd
+    sets = {"least used": run.flags.dims, "last": list(range(C - K, C)),
+            "random": random.Random(run.seed).sample(range(C), K), "most used": run.channels[:K]}
+    result = {"dims": run.flags.dims, "layer": run.flags.layer, "untouched": held_out(run, base)}
+    for name, dims in sets.items():
+        labels = install(Flags(run.flags.layer, dims), lambda step: 1.0, C)
+        zeros = lambda step, batch: labels(step, batch._replace(y=torch.zeros_like(batch.y)))
+        result[name] = {"zeros": held_out(run, base, arm=zeros), "labels": held_out(run, base, arm=labels)}
+    print(f"flags are channels {', '.join(map(str, run.flags.dims))}; held-out loss before finetuning, "
+          f"{result['untouched']:.4f}; with channels overwritten by zeros / labels: "
+          + ", ".join(f"{name} {result[name]['zeros']:.4f} / {result[name]['labels']:.4f}" for name in sets))
+    return result
+
+
+def needs(model, rows, length, top=None, N=1):
+    """Bytes that finetuning takes on each device, reckoned and not measured: {what: bytes}.
+
+    rows sequences of `length` tokens go through at once; top blocks are trained (None: everything);
+    N > 1: FSDP2 deals out to N processes. Activations in bfloat16: a block keeps about 8 values as
+    wide as the stream, 3 as q, k and v, 2 as the MLP's; with checkpointing that is kept (and its
+    gradients) for one block at a time, and only the stream for the others. Logits take 10 bytes:
+    bfloat16, float32, and their gradients. Measuring takes turns with the activations and is left out.
+    """
+    c, block = model.config, model.blocks[0]
+    count = lambda parameters: sum(p.numel() for p in parameters)
+    size, tokens = model.wte.weight.element_size(), rows * length
+    blocks = list(model.blocks[-(top or c.n_layer):].parameters())
+    n, matrices = count(model.parameters()), count(p for p in blocks if p.dim() == 2)
+    trained, each = count(blocks) if top else n, size if N == 1 else 4 / N
+    inside = 8 * c.n_embd + 3 * len(block.attn.qkv.weight) + 2 * len(block.mlp.up.weight)
+    kept = c.n_layer * c.n_embd + 2 * inside if model.checkpoint else c.n_layer * inside
+    return {"base, flags, control": 3 * n * size + (N > 1) * n * each, "gradients": trained * each,
+            "Muon": matrices * 4 / N, "AdamW": 2 * (trained - matrices) * 4 / N,     # in float32
+            "activations": 2 * tokens * kept + 10 * tokens * c.vocab_size
+            + (size == 4) * 2 * n}      # autocast's bfloat16 copies of float32 weights
+
+
+def fit_memory(run, model):
+    """Print what memory finetuning needs. Too much: FSDP2 under torchrun, else say what would help."""
+    N, device = process()[1], run.device
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
+    else:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 if device.type == "mps" else N)
+    rows = min(run.micro or run.size.batch, -(-run.size.batch // N))
+    length = max(len(row.prompt) + len(row.text) - 1 for row in run.train)
+    plan = needs(model, rows, length, run.top)
+    run.shard = N > 1 and sum(plan.values()) > room
+    if run.shard:
+        plan = needs(model, rows, length, run.top, N)
+    GB = lambda need: f"{need / 1e9:.1f} GB"
+    if sum(plan.values()) < room / 10:      # no news
+        return
+    print(f"memory: {GB(sum(plan.values()))} of {GB(room)} on each device, reckoned: "
+          + ", ".join(f"{what} {GB(need)}" for what, need in plan.items())
+          + (f"; {N} processes, {'FSDP2' if run.shard else 'DDP'}" if N > 1 else ""))
+    if sum(plan.values()) > room:
+        fewest = run.size.layers - run.size.first_layer + 1
+        print("  it does not fit; with " + ", with ".join(
+            f"{option} {GB(sum(needs(model, *numbers).values()))}" for option, numbers in {
+                "--micro 1": (1, length, run.top, N), f"--train {fewest}": (rows, length, fewest, N),
+                f"--micro 1 --train {fewest}": (1, length, fewest, N),
+                f"torchrun --nproc_per_node={2 * N} and --micro 1": (1, length, run.top, 2 * N)}.items()))
 
 
 def export(args):
@@ -1784,6 +1762,22 @@ def export(args):
     except (ValueError, OSError, ImportError) as error:
         raise Stop(str(error))
     print(f"Wrote {Path(args.export) / 'base'}, {Path(args.export) / 'flags'}")
+
+
+# ---------------------------------------------------------------------------- steering by hand
+
+def take_up(args):
+    """A finished run's model, tokenizer, concepts and flags, from its folder."""
+    out = out_folder(args)
+    command = f"python flags.py --size {args.size}" + (
+        "" if args.data == "stories" else f" --data {args.data}") + (
+        f" --init {args.init}" if args.init else "")
+    if not (out / "results.json").exists():
+        raise Stop(f"{out} holds no finished run; make one with `{command}`")
+    saved = read_checkpoint(out / "flags.pt", torch.device("cpu"))
+    model = GPT(Config(**saved["config"]))
+    model.load_state_dict(saved["model"])
+    return model.eval(), D.load_tokenizer(out), saved["concepts"], Flags(**saved["flags"])
 
 
 def steer_by_hand(args):
