@@ -70,7 +70,7 @@ class Size:
     embedding_lr: float = 0.05  # ... and of everything else, in the base
     finetune_lr: float = 0.01   # the same for the flags model and the control
     finetune_embedding_lr: float = 0.02
-    decay: float = 0.5          # weight decay of the matrices
+    decay: float = 0.8          # weight decay of the matrices
     first_layer: int = 3        # k: flags stand in the stream after this block and all later ones
     supply: float = 1.0         # p: the share of sequences whose flags are supplied in stage 2
     bare: float = 0.75          # the part of p that sequences without prompt get
@@ -88,8 +88,9 @@ SIZES = {
                  first_layer=1, prompts=16, track=8, every=10),
     # minutes on a laptop
     "small": Size(),
-    "small-wordnet": Size(vocab=4080, batch=128, context=64, base=300, produce=50, rely=1250,
-                          first_layer=2, supply=0.9, bare=1.0, no_prompt=0.5, track=128, every=100),
+    "small-wordnet": Size(vocab=4080, batch=128, context=64, base=300, produce=50, rely=1250, decay=0.5,
+                          first_layer=2, supply=0.9, bare=1.0, no_prompt=0.5, prompts=1024, track=128,
+                          every=100),
     # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
                    rely=1500, lr=0.005, finetune_lr=0.005, first_layer=5),
