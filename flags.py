@@ -163,18 +163,13 @@ def steer(flags, width, *segments):
     """
     segments = [(start.to(values.device)[:, None], *place(flags, width, values))
                 for start, values in segments]
-    full = write = None
 
     def edit(layer, x, pos):                                        # x (B, T, C), pos (B, T)
-        nonlocal full, write
-        if layer < flags.layer:
-            return x
-        if layer == flags.layer:
-            full, write = torch.zeros_like(x[:, :1]), torch.zeros_like(x, dtype=torch.bool)
+        if layer >= flags.layer:
             for start, values, fenced in segments:
-                now = (pos >= start)[..., None] & fenced            # (B, T, C)
-                full, write = torch.where(now, values.to(x.dtype), full), write | now
-        return torch.where(write, full, x)
+                write = (pos >= start)[..., None] & fenced          # (B, T, C)
+                x = torch.where(write, values.to(x.dtype), x)
+        return x
     return edit
 
 

@@ -75,7 +75,6 @@ def test_writing_back_the_models_own_flags_changes_nothing(model):
     def rewrite(layer, x, pos):
         for t in range(9):
             edit = F.steer(FLAGS, C, (torch.tensor([t]), own[layer - 1][:, t]))
-            edit(FLAGS.layer, x, pos)       # settles which positions are written
             x = edit(layer, x, pos)
         return x
     with torch.no_grad():
