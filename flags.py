@@ -625,7 +625,7 @@ class Run:
 def prepare(args):
     """Everything that the command line settles: data, tokenizer, held-out prompts, judge."""
     s = SIZES.get(f"{args.size}-{args.data}", SIZES[args.size])
-    base, device = None, find_device()
+    base = None
     try:
         data = D.load(args.data, args.flags, args.seed)
         if args.init:
@@ -642,20 +642,12 @@ def prepare(args):
     settings = dataclasses.asdict(s) | {
         "size": args.size, "data": data.name, "seed": args.seed, "flags": K,
         "examples": zlib.crc32(repr((data.train, data.test)).encode())}
-    run = Run(s, data, tok, args.seed, device, out_folder(args), Flags(s.first_layer, []), settings,
+    run = Run(s, data, tok, args.seed, find_device(), out_folder(args), Flags(s.first_layer, []), settings,
               train, test, list(range(s.width)), base, micro=args.micro)
     if min(s.batch, len(train)) % process()[1]:
         raise Stop(f"a batch of {min(s.batch, len(train))} can't be dealt out to {process()[1]} processes evenly")
     if base:
-        run.top = min(args.train, s.layers) if args.train else None
-        settings |= {"init": args.init, "weights": fingerprint(base), "train": run.top}
-        if run.top and s.layers - run.top >= s.first_layer:
-            raise Stop(f"--train {run.top} freezes block {s.first_layer}, after which the flags are to "
-                       f"stand: --train {s.layers - s.first_layer + 1} or more")
-        base.checkpoint = True
-        base.to(device, torch.bfloat16 if device.type == "cuda" else None)
-        run.channels = by_use(run, base)
-        settings["dims"] = run.channels[-K:]
+        make_room(run, base, args)
     run.flags.dims = run.channels[-K:]
     run.prompts, run.tracked = choose(run, s.prompts), choose(run, s.track)
     run.judge = word_judge(data) if data.words else bag_of_words_judge(data)
@@ -803,7 +795,7 @@ def report(run, results, pictures):
                                               run.out / "flags.pt", *pictures]))
 
 
-# ---------------------------------------------------------------------------- checkpoints and locks
+# ---------------------------------------------------------------------------- files, locks, the machine
 
 def save(path, content):
     """Write a checkpoint so that at every moment either the old one or the new one is whole."""
@@ -850,8 +842,8 @@ def locked(run, fresh=False):
     except OSError as error:
         raise Stop(f"can't write to {run.out}: {error.strerror}; use --out DIR")
     if fresh and process()[0] == 0:
-        for name in ("base", "flags", "control"):
-            (run.out / f"{name}.pt").unlink(missing_ok=True)
+        for file in (*run.out.glob("*.pt"), run.out / "results.json"):
+            file.unlink(missing_ok=True)
     agree(0)        # all wait until the old checkpoints are gone
     run.signals.clear()
     before = {sig: signal.signal(sig, lambda number, frame: run.signals.append(number))
@@ -1645,6 +1637,20 @@ def take_over(args, s):
         s, layers=c.n_layer, heads=c.n_head, width=c.n_embd, vocab=c.vocab_size, context=c.context,
         first_layer=c.n_layer // 2 + 1, base=0, finetune_lr=lr[0],
         finetune_embedding_lr=lr[-1])
+
+
+def make_room(run, base, args):
+    """--init: what is finetuned, and the channels that the flags take: those that the base uses least."""
+    s = run.size
+    run.top = min(args.train, s.layers) if args.train else None
+    if run.top and s.layers - run.top >= s.first_layer:
+        raise Stop(f"--train {run.top} freezes block {s.first_layer}, after which the flags are to "
+                   f"stand: --train {s.layers - s.first_layer + 1} or more")
+    run.settings |= {"init": args.init, "weights": fingerprint(base), "train": run.top}
+    base.checkpoint = True
+    base.to(run.device, torch.bfloat16 if run.device.type == "cuda" else None)
+    run.channels = by_use(run, base)
+    run.settings["dims"] = run.channels[-len(run.data.concepts):]
 
 
 def fingerprint(model):

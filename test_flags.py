@@ -721,6 +721,13 @@ def test_two_runs_into_one_folder(prepared, tmp_path):
         pass
 
 
+def test_fresh_leaves_no_old_model(prepared, tmp_path):
+    for name in ("base.pt", "routing.pt", "results.json"):
+        (tmp_path / name).write_text("old")
+    with F.locked(dataclasses.replace(prepared, out=tmp_path), fresh=True):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_a_folder_that_cannot_be_written(prepared, tmp_path):
     (tmp_path / "run").write_text("a file, not a folder")
     with pytest.raises(F.Stop, match="can't write"), F.locked(dataclasses.replace(prepared, out=tmp_path / "run")):
