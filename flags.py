@@ -1125,30 +1125,35 @@ SWEEPS = {
 LONG = "0, ten times the steps"     # a value of p
 
 
+def variant(run, name, value):
+    """One value of a sweep: a run with other flags or sizes, and its arm."""
+    s, dims = run.size, run.flags.dims
+    if name == "layer":
+        run = dataclasses.replace(run, flags=Flags(value, dims))
+    elif name == "width":
+        run = dataclasses.replace(run, flags=Flags(run.flags.layer, run.channels[-value:]), tracked=None)
+    elif value == LONG:
+        run = dataclasses.replace(run, size=dataclasses.replace(s, supply=0.0, every=10 * s.every))
+    else:
+        run = dataclasses.replace(run, size=dataclasses.replace(s, **{name: value}))
+    arm = install(run.flags, supply_schedule(run.size), s.width, s.bare)
+    if name != "width":
+        return run, arm
+    which = torch.arange(value, device=run.device) % len(dims)     # fewer flags: the first; more: copies
+    return run, lambda step, batch: arm(step, batch._replace(y=batch.y[:, which]))
+
+
 def sweep(run, name):
     """Finetune anew for each value of one setting, all else equal; one file, one picture."""
     (base, _, control), logs = train_all(run)
-    s, K, steps = run.size, len(run.data.concepts), run.size.produce + run.size.rely
+    s, steps = run.size, run.size.produce + run.size.rely
     values = {"layer": range(1, s.layers + 1), "width": (4, 8, 16, 32, 64),
               "supply": (LONG, 0.0, 0.5, 0.8, 0.9, 1.0), "weight": (0.1, 0.3, 1.0, 3.0, 10.0)}[name]
     jobs = []
     for value in values:
-        r, arm, times = run, None, 1
-        if name == "layer":
-            r = dataclasses.replace(run, flags=Flags(value, run.flags.dims))
-        elif name == "width":   # with fewer flags than concepts the first ones, with more copies
-            r = dataclasses.replace(run, flags=Flags(run.flags.layer, run.channels[-value:]), tracked=None)
-            whole = install(r.flags, supply_schedule(s), s.width, s.bare)
-            which = torch.arange(value, device=run.device) % K
-            arm = lambda step, batch, whole=whole, which=which: whole(step, batch._replace(y=batch.y[:, which]))
-        elif value == LONG:
-            times = 10
-            r = dataclasses.replace(run, size=dataclasses.replace(s, supply=0.0, every=times * s.every))
-        else:
-            r = dataclasses.replace(run, size=dataclasses.replace(s, **{name: value}))
-        arm = arm or install(r.flags, supply_schedule(r.size), s.width, s.bare)
-        jobs.append((r, f"{name}-{value}".replace(" ", "-"), copy_of(run, base), times * steps, arm,
-                     lambda step: 1 if step < s.produce else 2))
+        r, arm = variant(run, name, value)
+        jobs.append((r, f"{name}-{value}".replace(" ", "-"), copy_of(run, base),
+                     10 * steps if value == LONG else steps, arm, lambda step: 1 if step < s.produce else 2))
     rows = []
     for value, (r, _, model, *_), log in zip(values, jobs, fit_all(jobs)):
         loss = held_out(run, model, run.test)

@@ -454,6 +454,19 @@ def test_control_tokens_stand_behind_the_prompt(prepared):
     assert F.by_control_token(prepared)([[9]], torch.tensor([row.label])) == ([[9, n + 1]], None)
 
 
+@pytest.mark.parametrize("name, value, layer, K", [("layer", 2, 2, 16), ("width", 4, 1, 4), ("width", 32, 1, 32),
+                                                   ("weight", 3.0, 1, 16), ("supply", 0.0, 1, 16), ("supply", F.LONG, 1, 16)])
+def test_what_a_sweep_varies(prepared, name, value, layer, K):
+    run, arm = F.variant(prepared, name, value)
+    batch = D.batch(prepared.train, 0, 8, 1)
+    x = arm(29, batch)[0](layer, torch.zeros(*batch.idx.shape, 64), None)
+    supplied = batch.y[0, torch.arange(K) % 16] if name != "supply" else torch.zeros(K)
+    t = (batch.targets[0] >= 0).nonzero()[0, 0]
+    assert run.flags.layer == layer and torch.equal(x[0, t, run.flags.dims], supplied)
+    assert run.size.weight == (3.0 if name == "weight" else prepared.size.weight)
+    assert prepared.flags.layer == 1 and len(prepared.flags.dims) == 16         # the others are as they were
+
+
 def test_adding_a_direction(prepared):
     directions = torch.randn(16, 64)
     ids, edit = F.by_adding(prepared, directions, 3.0)([[1, 2]], torch.eye(16)[2:3])
