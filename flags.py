@@ -113,21 +113,18 @@ CHECKPOINT_SECONDS = 30
 
 @dataclass
 class Flags:
-    """Where the flags live: dims, K channels, after block `layer` and all later ones."""
+    """Where the flags live: K channels of the stream, after block `layer` and all later ones."""
     layer: int          # k, 1 ... n_layer
     dims: list[int]     # flag i is channel dims[i]
 
-
-def place(flags, x_width, values):
-    """values (B, K) at their channels (B, 1, C), and which channels those are (C,)."""
-    full = torch.zeros(len(values), 1, x_width, device=values.device)
-    full[..., flags.dims] = values[:, None]
-    fenced = torch.zeros(x_width, dtype=torch.bool, device=values.device)
-    fenced[flags.dims] = True
-    return full, fenced
+    @property
+    def at(self):
+        """dims as an index; neighbours as a slice, which is faster."""
+        first, end = self.dims[0], self.dims[-1] + 1
+        return slice(first, end) if self.dims == list(range(first, end)) else self.dims
 
 
-def install(flags, supply, width, bare=1.0):
+def install(flags, supply, bare=1.0):
     """The method: for each training step an edit that reads and writes, and the flag loss.
 
     supply(step) is p, the share of sequences in which the flags are supplied: 0 in stage 1. Where
@@ -141,16 +138,17 @@ def install(flags, supply, width, bare=1.0):
         on = (targets >= 0)[..., None]                      # (B, T, 1) flag positions
         no_prompt = on[:, 0, 0]                             # (B,) the text begins at once
         supplied = chance < supply(step) * torch.where(no_prompt, bare, 1.0)
-        full, fenced = place(flags, width, y)
-        write = on & supplied[:, None, None] & fenced       # (B, T, C)
-        losses = []
+        write = on & supplied[:, None, None]                # (B, T, 1)
+        y, losses = y[:, None], []                          # (B, 1, K)
 
         def edit(layer, x, pos):                            # x (B, T, C)
             if layer < flags.layer:
                 return x
-            f = x[..., flags.dims]                          # read: (B, T, K)
-            losses.append(((f - y[:, None]) ** 2 * on).sum() / (on.sum() * y.size(1)))
-            return torch.where(write, full.to(x.dtype), x)  # write: the slice is now y
+            f = x[..., flags.at]                            # read: (B, T, K)
+            losses.append(((f - y) ** 2 * on).sum() / (on.sum() * y.size(-1)))
+            x = x.clone()
+            x[..., flags.at] = torch.where(write, y.to(x.dtype), f)     # write: the slice is now y
+            return x
         return edit, lambda: sum(losses) / len(losses)      # mean over the layers >= k
     return arm
 
@@ -161,14 +159,18 @@ def steer(flags, width, *segments):
     Each segment is (start (B,), values (B, K)): from position start[b] on, row b's flags are
     values[b]. Later segments overrule earlier ones, so flags can be switched in mid-text.
     """
-    segments = [(start.to(values.device)[:, None], *place(flags, width, values))
-                for start, values in segments]
+    def per_channel(values, elsewhere):                      # values (B, K or 1) -> (B, 1, C)
+        full = torch.full((len(values), 1, width), elsewhere, device=values.device)
+        full[..., flags.dims] = values[:, None].float()
+        return full
 
-    def edit(layer, x, pos):                                        # x (B, T, C), pos (B, T)
+    plan = [(per_channel(start.to(values.device)[:, None], math.inf), per_channel(values, 0.0))
+            for start, values in segments]
+
+    def edit(layer, x, pos):                                # x (B, T, C), pos (B, T)
         if layer >= flags.layer:
-            for start, values, fenced in segments:
-                write = (pos >= start)[..., None] & fenced          # (B, T, C)
-                x = torch.where(write, values.to(x.dtype), x)
+            for since, values in plan:                      # no position is beyond infinity
+                x = torch.where(pos[..., None] >= since, values.to(x.dtype), x)
         return x
     return edit
 
@@ -293,7 +295,7 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
             raise Stop(f"stopped at step {done} of {name}; the same command goes on from there", 128 + asked)
         noted = log and log[-1]["step"] == done
         if time.time() - shown_at > 1 or noted:
-            shown_at, left = time.time(), (steps - done + run.later[name]) * seconds / done
+            shown_at, left = time.time(), (steps - done) * seconds / done
             point = {"lm": lm, "flags": flag} | (log[-1] if log else {})
             shown = [f"{key} {point[key]:.3f}" for key in ("lm", "flags", "intact", "blank", "conflict")
                      if key in point]
@@ -613,8 +615,6 @@ class Run:
     top: int = None             # blocks that are finetuned, None: everything
     shard: bool = False         # under torchrun: FSDP2, not DDP
     signals: list = field(default_factory=list)     # Ctrl-C or SIGTERM came: stop after this step
-    at_once: int = 1            # trainings that go on at once
-    later: dict = field(default_factory=dict)       # steps that come after each training
     seconds: dict = field(default_factory=dict)
     rate: dict = field(default_factory=dict)        # tokens a second
 
@@ -691,7 +691,6 @@ def supply_schedule(s):
 def train_all(run):
     """The base, its flags and its control, and their logs; what is finished is only loaded."""
     s, steps = run.size, run.size.produce + run.size.rely
-    run.later["base"] = 2 * steps
     base = new_model(run)
     fit_memory(run, base)
     print(f"{sum(p.numel() for p in base.parameters()):,} parameters on {run.device}, "
@@ -701,7 +700,7 @@ def train_all(run):
     else:
         logs = {"base": fit(run, "base", base, s.base)}
     flags, control = copy_of(run, base), copy_of(run, base)
-    arm = install(run.flags, supply_schedule(s), s.width, s.bare)
+    arm = install(run.flags, supply_schedule(s), s.bare)
     logs["flags"], logs["control"] = fit_all([
         (run, "flags", flags, steps, arm, lambda step: 1 if step < s.produce else 2),
         (run, "control", control, steps)])
@@ -735,10 +734,8 @@ def main_job(run):
         "samples": samples(run, flags), "dims": dims,
     }
     pictures = draw(run, logs, matrix, flags)
-    now = time.time()
-    results["seconds"] = run.seconds | {"measure": now - measuring}
-    beside = min(run.seconds["flags"], run.seconds["control"]) if run.at_once > 1 else 0
-    results["seconds"]["total"] = max(now - started, sum(results["seconds"].values()) - beside)    # if taken up
+    now = time.time()       # total: of this command, without what an earlier one trained
+    results["seconds"] = run.seconds | {"measure": now - measuring, "total": now - started}
     write_file(run.out / "results.json", json.dumps(results, indent=1))
     lines = [json.dumps({"model": name} | point) for name, log in logs.items() for point in log]
     write_file(run.out / "log.jsonl", "\n".join(lines) + "\n")
@@ -1060,7 +1057,7 @@ def compare(run):
         main_job(run)
     base, flags, control = train_all(run)[0]
     s, steps = run.size, run.size.produce + run.size.rely
-    K, by_label = len(run.data.concepts), lambda supply: install(run.flags, supply, s.width, s.bare)
+    K, by_label = len(run.data.concepts), lambda supply: install(run.flags, supply, s.bare)
     trained = {"routing": (route(run), run.train),
                "shuffled": (shuffled(by_label(supply_schedule(s)), run.seed), run.train),
                "stage1": (by_label(lambda step: 0.0), run.train)}
@@ -1136,7 +1133,7 @@ def variant(run, name, value):
         run = dataclasses.replace(run, size=dataclasses.replace(s, supply=0.0, every=10 * s.every))
     else:
         run = dataclasses.replace(run, size=dataclasses.replace(s, **{name: value}))
-    arm = install(run.flags, supply_schedule(run.size), s.width, s.bare)
+    arm = install(run.flags, supply_schedule(run.size), s.bare)
     if name != "width":
         return run, arm
     which = torch.arange(value, device=run.device) % len(dims)     # fewer flags: the first; more: copies
@@ -1282,7 +1279,7 @@ def relearn(run):
     """With the flags blanked for good, how soon does the flags model learn again from the prompt
     what its base knew; and how soon a model that never learned anything?"""
     (base, flags, _), s = train_all(run)[0], run.size
-    zero = install(run.flags, lambda step: 1.0, s.width)
+    zero = install(run.flags, lambda step: 1.0)
 
     def arm(step, batch):
         edit, _ = zero(step, batch._replace(y=torch.zeros_like(batch.y)))
@@ -1292,14 +1289,7 @@ def relearn(run):
     logs = dict(zip(models, fit_all([(quick, f"relearn-{name}", model, s.rely, arm)
                                      for name, model in models.items()])))
     write_file(run.out / "relearn.json", json.dumps(logs, indent=1))
-    fig, ax = figure(figsize=(6, 4))
-    for name, log in logs.items():
-        ax.plot([p["step"] for p in log], [p["blank"] for p in log], label=f"{name} model, flags blanked")
-    ax.axhline(reliance(run, base)["blank"]["mean"], color="grey", ls="--", lw=0.8, label="its base")
-    ax.set(xlabel="step of relearning", ylabel="text follows the prompt", ylim=(-0.02, 1.02))
-    ax.legend(fontsize=8)
-    fig.savefig(run.out / "relearn.png", dpi=120)
-    print(f"Wrote {run.out / 'relearn.json'}, {run.out / 'relearn.png'}")
+    print(f"its base: blank {reliance(run, base)['blank']['mean']:.3f}\nWrote {run.out / 'relearn.json'}")
 
 
 # ---------------------------------------------------------------------------- seeds: --seeds N
@@ -1399,7 +1389,7 @@ def bench(run):
     s = run.size
     batches = [to(run.device, D.batch(run.train, step, s.batch, run.seed)) for step in range(8)]
     tokens = sum(batch.idx.numel() for batch in batches)
-    arm = install(run.flags, lambda step: s.supply, s.width, s.bare)
+    arm = install(run.flags, lambda step: s.supply, s.bare)
     train, writes = {}, {}
 
     def training(model, arm=None, opts=None, step=train_step):
@@ -1501,9 +1491,7 @@ def fit_all(jobs):
     """
     run, threads = jobs[0][0], torch.get_num_threads()
     forks = run.device.type == "cpu" and sys.platform == "linux" and not dist.is_initialized()
-    run.at_once = at_once = min(threads, len(jobs)) if forks and not run.pretrained else 1
-    for i, (_, name, *_) in enumerate(jobs):
-        run.later[name] = sum(steps for _, _, _, steps, *_ in jobs[i + at_once::at_once])
+    at_once = min(threads, len(jobs)) if forks and not run.pretrained else 1
 
     def child(job):
         torch.set_num_threads(threads // at_once)
@@ -1694,7 +1682,7 @@ def fencing(run, base):
             "random": random.Random(run.seed).sample(range(C), K), "most used": run.channels[:K]}
     result = {"dims": run.flags.dims, "layer": run.flags.layer, "untouched": held_out(run, base)}
     for name, dims in sets.items():
-        labels = install(Flags(run.flags.layer, dims), lambda step: 1.0, C)
+        labels = install(Flags(run.flags.layer, dims), lambda step: 1.0)
         zeros = lambda step, batch: labels(step, batch._replace(y=torch.zeros_like(batch.y)))
         result[name] = {"zeros": held_out(run, base, arm=zeros), "labels": held_out(run, base, arm=labels)}
     print(f"flags are channels {', '.join(map(str, run.flags.dims))}; held-out loss before finetuning, "

@@ -171,28 +171,25 @@ class Cache:
         if self.kv[i] is None:
             B, H, _, D = k.shape
             self.kv[i] = k.new_empty(2, B, H, self.size, D)
-        self.kv[i][0, :, :, n:n + T] = k
-        self.kv[i][1, :, :, n:n + T] = v
+        self.kv[i][..., n:n + T, :] = torch.stack([k, v])
         self.layer = (i + 1) % self.n_layer
         if self.layer == 0:
             self.length += T
-        return self.kv[i][0, :, :, :n + T], self.kv[i][1, :, :, :n + T]
+        return self.kv[i][..., :n + T, :].unbind()
 
 
 def positions(T, cache, device):
     """Absolute positions (B or 1, T) of the next T tokens, and the bias of their attention."""
     past = cache.length if cache else 0
-    slot = torch.arange(past, past + T, device=device)[:, None]             # (T, 1)
-    hidden = torch.arange(past + T, device=device) > slot                   # (T, S): the future
-    if cache is None:
-        return slot.T, torch.zeros(T, T, device=device).masked_fill(hidden, -math.inf)
-    pos = (slot.T - cache.pad).clamp(min=0)                                 # (B, T)
-    if T == 1 and not cache.ragged:
+    slot = torch.arange(past, past + T, device=device)                      # (T,)
+    pos = (slot - cache.pad).clamp(min=0) if cache else slot[None]          # (B or 1, T)
+    if T == 1 and cache and not cache.ragged:
         return pos, None
-    # a padding query sees itself, lest its softmax have nothing to sum over
-    before = cache.before[:, None, :past + T] & (slot >= cache.pad[:, None])
-    bias = torch.zeros(before.shape, device=device).masked_fill(hidden | before, -math.inf)
-    return pos, bias[:, None]                                               # (B, 1, T, S)
+    hidden = torch.arange(past + T, device=device) > slot[:, None]          # (T, S): the future
+    if cache:   # a padding query sees itself, lest its softmax have nothing to sum over
+        before = cache.before[:, None, :past + T] & (slot[:, None] >= cache.pad[:, None])
+        hidden = (hidden | before)[:, None]                                 # (B, 1, T, S)
+    return pos, torch.zeros(hidden.shape, device=device).masked_fill(hidden, -math.inf)
 
 
 class GPT(nn.Module):

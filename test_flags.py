@@ -181,7 +181,7 @@ def test_flag_loss_against_a_hand_computed_example():
     x[0, 2, 13:] = torch.tensor([1.0, 2.0, 0.0])    # (2 - 0)^2             = 4
     x[0, 0] = x[0, 3] = 99.0                        # no flag positions: they must not count
     x[..., :13] = 99.0                              # no flags: nor must these
-    edit, loss = F.install(FLAGS, lambda step: 0.0, C)(0, hand_made())
+    edit, loss = F.install(FLAGS, lambda step: 0.0)(0, hand_made())
     for layer in (1, 2, 3):                         # layer 1 is before k
         assert torch.equal(edit(layer, x if layer < 3 else torch.zeros_like(x), None),
                            x if layer < 3 else torch.zeros_like(x))
@@ -191,7 +191,7 @@ def test_flag_loss_against_a_hand_computed_example():
 
 def test_supplied_flags_are_read_before_they_are_overwritten():
     x = torch.randn(1, 4, C, requires_grad=True)
-    edit, loss = F.install(FLAGS, lambda step: 1.0, C)(0, hand_made())
+    edit, loss = F.install(FLAGS, lambda step: 1.0)(0, hand_made())
     after = edit(2, x, None)
     assert torch.equal(after[0, 1:3, 13:], torch.tensor([[1., 0., 0.]]).expand(2, 3))
     assert torch.equal(after[0, [0, 3]], x[0, [0, 3]]) and torch.equal(after[..., :13], x[..., :13])
@@ -207,7 +207,7 @@ def test_who_is_supplied():
     n = 4000
     targets = torch.tensor([[-100, 5], [5, 5]]).repeat(n, 1)        # with a prompt, without
     batch = D.Batch(torch.zeros_like(targets), targets, torch.ones(2 * n, K), torch.rand(2 * n))
-    edit, _ = F.install(FLAGS, lambda step: 0.1 * step, C, bare=0.5)(7, batch)
+    edit, _ = F.install(FLAGS, lambda step: 0.1 * step, bare=0.5)(7, batch)
     supplied = edit(2, torch.zeros(2 * n, 2, C), None)[:, 1, 13].view(n, 2).mean(0)
     assert supplied.tolist() == pytest.approx([0.7, 0.35], abs=0.04)    # 5 standard errors
 
@@ -584,11 +584,11 @@ def train_tiny(prepared):
 def train(prepared, folder, **changes):
     """The weights after 12 steps of a base and 12 of its flags, without the measurements."""
     size = dataclasses.replace(prepared.size, **changes)
-    run = dataclasses.replace(prepared, out=folder, size=size, later={"base": 0, "flags": 0})
+    run = dataclasses.replace(prepared, out=folder, size=size)
     with F.locked(run):
         model = F.new_model(run)
         F.fit(run, "base", model, 12)
-        arm = F.install(run.flags, lambda step: 0.5, run.size.width)
+        arm = F.install(run.flags, lambda step: 0.5)
         F.fit(run, "flags", model, 12, arm, lambda step: 2)
     return model.state_dict()
 
@@ -646,7 +646,7 @@ def test_sigterm_stops_after_the_step_and_says_so(train_tiny, tmp_path, monkeypa
 def test_trainings_at_once_are_those_one_by_one(prepared, tmp_path, monkeypatch):
     """Two forked processes, of which one is killed: the weights and logs are those of one process."""
     def models(folder, threads):
-        run = dataclasses.replace(prepared, out=folder, later={})
+        run = dataclasses.replace(prepared, out=folder)
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         jobs = [(run, name, F.new_model(run), 12) for name in ("one", "other")]
         with F.locked(run):
@@ -673,7 +673,7 @@ def test_trainings_at_once_are_those_one_by_one(prepared, tmp_path, monkeypatch)
 
 
 def test_sigterm_reaches_the_trainings_at_once(prepared, tmp_path, monkeypatch):
-    run, real, here = dataclasses.replace(prepared, out=tmp_path, later={}), D.batch, os.getpid()
+    run, real, here = dataclasses.replace(prepared, out=tmp_path), D.batch, os.getpid()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
     def batch(rows, step, *args):
@@ -1485,8 +1485,7 @@ def gradients(run, micro):
     """Losses and gradients of one step on a batch of 16, in parts of `micro` sequences."""
     model = F.new_model(run)
     batch = D.batch(run.train, 0, 16, 1, no_prompt=0.3)
-    losses = F.train_step(model, [], batch, F.install(run.flags, lambda step: 0.5, run.size.width),
-                          micro=micro)
+    losses = F.train_step(model, [], batch, F.install(run.flags, lambda step: 0.5), micro=micro)
     return losses, [p.grad for p in model.parameters()]
 
 
@@ -1527,7 +1526,7 @@ def test_freezing_all_but_the_last_blocks(prepared):
     assert [name.split(".")[1] for name, p in twin.named_parameters() if p.requires_grad] == ["1"] * 6
     assert all(p.requires_grad for p in base.parameters())
     opts = F.optimizers(twin, run.size, 0.1, 0.1)
-    F.train_step(twin, opts, D.batch(run.train, 0, 4, 1), F.install(run.flags, lambda step: 0.5, 64))
+    F.train_step(twin, opts, D.batch(run.train, 0, 4, 1), F.install(run.flags, lambda step: 0.5))
     assert all(torch.equal(p, q) != p.requires_grad for p, q in zip(twin.parameters(), base.parameters()))
 
 
@@ -1558,13 +1557,13 @@ def test_what_does_not_fit_says_what_would_help(prepared, monkeypatch, capsys):
 def two_halves(run, folder, **changes):
     """Four steps, a checkpoint, four more from it: weights, the last line of the log, and the losses
     and gradient norm of one step more."""
-    run = dataclasses.replace(run, out=folder, tracked=None, micro=3, later={"flags": 0}, **changes)
+    run = dataclasses.replace(run, out=folder, tracked=None, micro=3, **changes)
     with pytest.MonkeyPatch.context() as patch, F.locked(run):
         exact(patch)
         patch.setattr(F, "schedule", lambda step, steps: 0.1)
         for steps in (4, 8):
             model = F.new_model(run)
-            arm = F.install(run.flags, lambda step: 0.5, 64)
+            arm = F.install(run.flags, lambda step: 0.5)
             log = F.fit(run, "flags", model, steps, arm, lambda step: 2)
         weights = copy.deepcopy(model.state_dict())
         step = F.train_step(F.spread(run, model)[0], [], D.batch(run.train, 9, 16, 1), arm, micro=3)
@@ -1626,7 +1625,7 @@ def test_real_bad_folders(spoil, message, tmp_path, capsys):
 def test_real_comparison_and_sweep(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(F, "STRENGTHS", (1, 4))
     size = dataclasses.replace(prepared.size, base=2, produce=1, rely=2, every=2)
-    run = dataclasses.replace(prepared, size=size, out=tmp_path, later={}, prompts=F.choose(prepared, 2),
+    run = dataclasses.replace(prepared, size=size, out=tmp_path, prompts=F.choose(prepared, 2),
                               tracked=F.choose(prepared, 2))
     with F.locked(run):
         F.compare(run)
