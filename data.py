@@ -512,12 +512,11 @@ def make_tokenizer(spec: dict, end: str | int, config: dict | None = None) -> To
 def with_tiktoken(spec: dict, vocab: dict[str, int], added: dict[str, int]):
     """(encode, decode), or None if tiktoken's tokens might be others than `spec`'s.
 
-    A tokenizer.json lists the pairs that may be joined, first those to be joined first; ids may be
-    in any order. tiktoken joins the two neighbours whose union has the lowest rank. So the rank
-    of a token is its place in that list, and `ids` translates ranks to ids. In a vocabulary that
-    BPE made both give the same tokens if each has one pair that makes it, or several that stand
-    together (Llama-3 lists all). With "ignore_merges", a token that no pair makes stands for a
-    whole piece; tiktoken takes it so too if it has no two parts that are tokens.
+    A tokenizer.json lists the pairs that may be joined, first those to be joined first; tiktoken
+    joins the two neighbours whose union has the lowest id. Both do the same where the ids of the
+    unions only rise along the list (Llama-3 lists all pairs of a token together). With
+    "ignore_merges", a token that no pair makes stands for a whole piece; tiktoken takes it so too
+    if it has no two parts that are tokens.
     """
     model, normalizer, cuts = spec["model"], spec.get("normalizer"), list_cuts(spec)
     odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
@@ -525,20 +524,15 @@ def with_tiktoken(spec: dict, vocab: dict[str, int], added: dict[str, int]):
             or normalizer not in (None, {"type": "NFC"}) or not BYTES.keys() <= vocab.keys()
             or not BYTES.keys() >= set("".join(vocab.keys() - added.keys()))):
         return None
-    made = defaultdict(list)   # token -> the places of the pairs that make it
-    for place, pair in enumerate(model["merges"]):
-        made["".join(pair.split(" ") if isinstance(pair, str) else pair)].append(place)
-    loose = [token for token in vocab.keys() - added.keys() - made.keys() - BYTES.keys()
-             if model.get("ignore_merges")]
-    if (any(places[-1] - places[0] >= len(places) for places in made.values())
-            or any(t[:i] in vocab and t[i:] in vocab for t in loose for i in range(1, len(t)))):
+    unions = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    made = [vocab[token] for token in unions]
+    loose = vocab.keys() - added.keys() - set(unions) - BYTES.keys() if model.get("ignore_merges") else set()
+    if made != sorted(made) or any(t[:i] in vocab and t[i:] in vocab for t in loose for i in range(1, len(t))):
         return None
-    by_rank = [LETTERS[byte] for byte in range(256)] + list(made) + loose
-    ids = [vocab[token] for token in by_rank]
     to_bytes = lambda token: bytes(BYTES[letter] for letter in token)
     encoding = tiktoken.Encoding(
         "folder", pat_str=rf"{cuts[-1]}|(?:(?!{cuts[-1]})[\s\S])+", special_tokens={},
-        mergeable_ranks={to_bytes(token): rank for rank, token in enumerate(by_rank)})
+        mergeable_ranks={to_bytes(token): vocab[token] for token in loose.union(unions, BYTES)})
     tokens = {id: to_bytes(token) for token, id in vocab.items() if token not in added}
     tokens |= {id: token.encode() for token, id in added.items()}
 
@@ -547,7 +541,7 @@ def with_tiktoken(spec: dict, vocab: dict[str, int], added: dict[str, int]):
         pieces = [text]
         for cut in cuts[:-1]:
             pieces = [part for piece in pieces for part in regex.split(f"({cut})", piece)]
-        return [ids[rank] for piece in pieces for rank in encoding.encode_ordinary(piece)]
+        return [id for piece in pieces for id in encoding.encode_ordinary(piece)]
 
     def decode(sequence):
         return b"".join(tokens.get(id, b"") for id in sequence).decode("utf-8", "replace")
