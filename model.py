@@ -74,7 +74,7 @@ def attend(q, k, v, bias):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.sizes = [c.n_head, c.n_kv_head, c.n_kv_head]
+        self.sizes = [c.n_head, 2 * c.n_kv_head]
         self.head_dim = c.head_dim
         self.qkv = nn.Linear(c.n_embd, sum(self.sizes) * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
@@ -82,13 +82,15 @@ class Attention(nn.Module):
     def forward(self, x, bias, angles, cache):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, H + 2 Hkv, T, D)
-        q, k, v = qkv.split(self.sizes, dim=1)
+        q, kv = qkv.split(self.sizes, dim=1)
         if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
+            k, v = kv.chunk(2, dim=1)
+            q, kv = rotate(q, *angles), torch.cat([rotate(k, *angles), v], dim=1)
         if cache is not None:
-            k, v = cache.append(k, v)                                       # (B, Hkv, S, D)
-        if self.sizes[1] < self.sizes[0]:
-            k, v = (a.repeat_interleave(self.sizes[0] // self.sizes[1], dim=1) for a in (k, v))
+            kv = cache.append(kv)                                           # (B, 2 Hkv, S, D)
+        k, v = kv.chunk(2, dim=1)
+        if k.size(1) < q.size(1):
+            k, v = (a.repeat_interleave(q.size(1) // a.size(1), dim=1) for a in (k, v))
         y = attend(q, k, v, bias)                                           # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))                # (B, T, C)
 
@@ -165,17 +167,17 @@ class Cache:
         self.before = torch.arange(size, device=pad.device) < self.pad      # (B, size): the padding
         self.ragged = bool(pad.any())
 
-    def append(self, k, v):
-        """Store k, v (B, Hkv, T, D) of the next layer; return all so far (B, Hkv, S, D)."""
-        i, n, T = self.layer, self.length, k.size(2)
+    def append(self, kv):
+        """Store keys and values kv (B, 2 Hkv, T, D) of the next layer; return all so far (B, 2 Hkv, S, D)."""
+        i, n, T = self.layer, self.length, kv.size(2)
         if self.kv[i] is None:
-            B, H, _, D = k.shape
-            self.kv[i] = k.new_empty(2, B, H, self.size, D)
-        self.kv[i][..., n:n + T, :] = torch.stack([k, v])
+            B, H, _, D = kv.shape
+            self.kv[i] = kv.new_empty(B, H, self.size, D)
+        self.kv[i][:, :, n:n + T] = kv
         self.layer = (i + 1) % self.n_layer
         if self.layer == 0:
             self.length += T
-        return self.kv[i][..., :n + T, :].unbind()
+        return self.kv[i][:, :, :n + T]
 
 
 def positions(T, cache, device):
