@@ -77,8 +77,8 @@ class Size:
     weight: float = 2.0         # lambda, of the flag loss
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every measured figure
-    track: int = 64             # held-out prompts behind every point of a trajectory
-    every: int = 50             # steps from one point of a trajectory to the next
+    track: int = 48             # held-out prompts behind every point of a trajectory
+    every: int = 75             # steps from one point of a trajectory to the next
     temperature: float = 0.8
 
 
@@ -309,7 +309,7 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
 @torch.no_grad()
 def held_out(run, model, rows=None, arm=None):
     """LM loss (nats a token) on held-out rows, flags free: some of them while training goes on."""
-    rows = sorted(rows or run.test[:512], key=lambda row: len(row.prompt) + len(row.text))
+    rows = sorted(rows or run.test[:256], key=lambda row: len(row.prompt) + len(row.text))
     total = count = 0
     at_once = run.micro or 128
     for i in range(0, len(rows), at_once):
@@ -1332,7 +1332,7 @@ def leaves(tree, path=""):
 
 # ---------------------------------------------------------------------------- speed: --bench
 
-def rounds(jobs, count=5):
+def rounds(jobs, count):
     """Median seconds of each job; they take turns, so that a noisy machine is noisy for all."""
     times = {name: [] for name in jobs}
     for turn in range(count + 1):
@@ -1352,7 +1352,7 @@ def matmul_peak(s, tokens):
         x, w = torch.randn(tokens, a).bfloat16(), torch.randn(b, a).bfloat16()
         jobs[a, b] = lambda x=x, w=w: [F.linear(x, w) for _ in range(20)]
         work[a, b] = 20 * 2 * tokens * a * b
-    return max(work[shape] / seconds for shape, seconds in rounds(jobs).items()) / 1e9
+    return max(work[shape] / seconds for shape, seconds in rounds(jobs, 5).items()) / 1e9
 
 
 def growth(run):
@@ -1443,7 +1443,7 @@ def bench(run):
                     theirs.generate(idx, attention_mask=mask, max_new_tokens=n, min_new_tokens=n,
                                     do_sample=True, temperature=0.8, top_k=0))
 
-    trained, written = rounds(train), rounds(writes)
+    trained, written = rounds(train, 9), rounds(writes, 15)
     rate = {name: tokens / seconds for name, seconds in trained.items()}
     best = max((rate.get(("transformers", kind)) for kind in ("eager", "sdpa")), key=lambda r: r or 0)
     result = {"train": {**{k: rate[k] for k in ("base", "flags", "control")}, "transformers": best},
@@ -1461,7 +1461,7 @@ def bench(run):
     result["peak_share"] = rate["base"] * flops / result["peak_gflops"] / 1e9
 
     print(f"\n{run.settings['size']}, {run.device}, {result['threads']} threads, torch {torch.__version__}: "
-          "tokens a second, medians of 5 rounds")
+          "tokens a second, medians of 9 (training) and 15 rounds")
     for title, row in [("training", result["train"]),
                        *((f"writing, batch {B}", row) for B, row in result["generate"].items())]:
         unit = next(iter(row.values()))
@@ -1859,8 +1859,9 @@ def paint(text, lit):
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--size", choices=[size for size in SIZES if "-" not in size], default="small", help="tiny: seconds, to try things; "
-                   "small: minutes on a laptop; medium, large: one GPU (default: small)")
+    p.add_argument("--size", choices=[size for size in SIZES if "-" not in size], default="small",
+                   help="tiny: seconds, to try things; small: minutes on a laptop; medium, large: one GPU "
+                   "(default: small)")
     p.add_argument("--data", default="stories", metavar="DATA", help="stories (built in), wordnet "
                    "(Debian's wordnet-base or NLTK's), or a .jsonl file with lines of "
                    '{"prompt": ..., "text": ..., "concepts": [...]} (default: stories)')

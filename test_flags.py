@@ -90,6 +90,7 @@ def test_flags_switch_in_mid_text(model):
 
 def test_scattered_dims(model):
     flags = F.Flags(1, [7, 0, 4])
+    assert flags.at == [7, 0, 4] and FLAGS.at == slice(13, 16)
     x = streams(model, torch.randint(50, (1, 4)),
                 F.steer(flags, C, (torch.tensor([0]), torch.tensor([[1., 2., 3.]]))))[0]
     assert x[0, :, 7].eq(1).all() and x[0, :, 0].eq(2).all() and x[0, :, 4].eq(3).all()
@@ -197,6 +198,9 @@ def test_supplied_flags_are_read_before_they_are_overwritten():
     assert torch.equal(after[0, [0, 3]], x[0, [0, 3]]) and torch.equal(after[..., :13], x[..., :13])
     f = x[0, 1:3, 13:]
     assert loss().item() == pytest.approx(((f - torch.tensor([1., 0., 0.])) ** 2).mean().item())
+    scattered = list(reversed(range(C)))            # the same channels elsewhere: the same values there
+    edit, its_loss = F.install(F.Flags(2, [2, 1, 0]), lambda step: 1.0)(0, hand_made())
+    assert torch.equal(edit(2, x[..., scattered], None), after[..., scattered]) and its_loss() == loss()
     after.sum().backward(retain_graph=True)         # what was overwritten gets no LM gradient ...
     assert x.grad[0, 1:3, 13:].eq(0).all() and x.grad[0, 1:3, :13].eq(1).all()
     loss().backward()                               # ... but still learns to be right
