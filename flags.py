@@ -1877,22 +1877,23 @@ def parser():
     p.add_argument("--micro", type=some, metavar="N", help="sequences that go through the model at "
                    "once; less memory, the same result (default: all, the whole batch)")
     p.add_argument("--out", metavar="DIR", help="where results go (default: out/SIZE[-INIT][-DATA])")
-    p.add_argument("--export", metavar="DIR", help="write a finished run's models as Hugging Face "
+    job = p.add_mutually_exclusive_group()
+    job.add_argument("--export", metavar="DIR", help="write a finished run's models as Hugging Face "
                    "folders DIR/base and DIR/flags")
     p.add_argument("--fresh", action="store_true", help="start over; without it a run that was "
                    "stopped goes on where it was")
-    p.add_argument("--compare", action="store_true", help="baselines at equal data and steps: control "
+    job.add_argument("--compare", action="store_true", help="baselines at equal data and steps: control "
                    "token, difference of means, gradient routing, shuffled labels, ...")
-    p.add_argument("--sweep", choices=SWEEPS, help="finetune for several values of: "
+    job.add_argument("--sweep", choices=SWEEPS, help="finetune for several values of: "
                    + "; ".join(f"{name}: {what}" for name, what in SWEEPS.items()))
-    p.add_argument("--probe", action="store_true", help="linear probes: where can the concept be read, "
+    job.add_argument("--probe", action="store_true", help="linear probes: where can the concept be read, "
                    "in base, flags model and control?")
-    p.add_argument("--relearn", action="store_true", help="flags blanked for good: how soon does the "
+    job.add_argument("--relearn", action="store_true", help="flags blanked for good: how soon does the "
                    "flags model learn again what its base knew?")
     p.add_argument("--seeds", type=natural, default=1, metavar="N", help="the whole job N times, with "
                    "seeds SEED, SEED + 1, ...; mean and range of each figure")
-    p.add_argument("--bench", action="store_true", help="how fast this machine trains and writes")
-    p.add_argument("--steer", nargs="?", const="", metavar="PROMPT", help="write with a finished run's "
+    job.add_argument("--bench", action="store_true", help="how fast this machine trains and writes")
+    job.add_argument("--steer", nargs="?", const="", metavar="PROMPT", help="write with a finished run's "
                    "model, its flags free and set; without PROMPT and flags: an interactive loop")
     p.add_argument("--on", nargs="+", default=[], metavar="FLAG", help="with --steer: set to 1")
     p.add_argument("--off", nargs="+", default=[], metavar="FLAG", help="with --steer: set to 0")
@@ -1933,8 +1934,11 @@ def main(argv=None):
             raise Stop("--on and --off go with --steer")
         if ((args.lr or args.train) and not args.init) or (args.bench and args.init) or len(args.lr or []) > 2:
             raise Stop("--lr (one or two rates) and --train go with --init; --bench goes without it")
-        if process()[1] > 1 and (args.compare or args.sweep or args.probe or args.relearn or args.bench
-                                 or args.seeds > 1 or args.export or args.steer is not None):
+        once = (args.sweep or args.probe or args.relearn or args.bench or args.export
+                or args.steer is not None)
+        if args.seeds > 1 and once:
+            raise Stop("--seeds goes with the main job and with --compare")
+        if process()[1] > 1 and (once or args.compare or args.seeds > 1):
             raise Stop("torchrun is for the main job; the rest runs in one process")
         if args.export:
             export(args)

@@ -563,6 +563,7 @@ def test_bad_steering(finished, capsys, more, message):
 @pytest.mark.parametrize("more, message", [
     (["--steer", "x"], "holds no finished run"),
     (["--on", "sea"], "go with --steer"),
+    (["--seeds", "2", "--sweep", "layer"], "--seeds goes with"),
     (["--data", "nonsense"], "no data called"),
     (["--data", "missing.jsonl"], "missing.jsonl"),
     (["--flags", "1"], "at least 2"),
@@ -573,7 +574,8 @@ def test_bad_command_lines(tmp_path, capsys, more, message):
     assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("more", [["--size", "huge"], ["--seed", "-1"], ["--seed", "x"], ["--flags", "x"]])
+@pytest.mark.parametrize("more", [["--size", "huge"], ["--seed", "-1"], ["--seed", "x"], ["--flags", "x"],
+                                  ["--compare", "--probe"], ["--steer", "x", "--export", "y"]])
 def test_bad_options(more, capsys):
     with pytest.raises(SystemExit) as stop:
         F.main(more)
