@@ -969,13 +969,17 @@ def with_control_tokens(run, rows):
     """Conditional training (Keskar et al. 2019): a token for each concept stands behind the prompt,
     in the same share of the sequences in which our flags are supplied."""
     first, chance = run.tok.n_vocab, random.Random(run.seed)
-    return [row._replace(prompt=row.prompt + [first + i for i, on in enumerate(row.label) if on])
-            if chance.random() < run.size.supply else row for row in rows]
+
+    def told(row):
+        prompt = row.prompt + [first + i for i, on in enumerate(row.label) if on]
+        room = run.size.context + 1 - len(prompt)
+        return row._replace(prompt=prompt, text=row.text[:room]) if room > 0 else row
+    return [told(row) if chance.random() < run.size.supply else row for row in rows]
 
 
 def by_control_token(run):
     def by(ids, values):
-        return [row + [run.tok.n_vocab + i for i, on in enumerate(flags) if on]
+        return [(row + [run.tok.n_vocab + i for i, on in enumerate(flags) if on])[-run.size.context:]
                 for row, flags in zip(ids, values.tolist())], None
     return by
 

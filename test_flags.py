@@ -456,6 +456,12 @@ def test_control_tokens_stand_behind_the_prompt(prepared):
     assert told + sum(r.prompt == [1, 2] for r in rows) == 2000
     assert told / 2000 == pytest.approx(0.7, abs=0.06)      # 6 standard errors
     assert F.by_control_token(prepared)([[9]], torch.tensor([row.label])) == ([[9, n + 1]], None)
+    full = D.Row([1] * 100, [3] * 29, row.label)             # it fills the context: the text makes room, or there is none
+    always = dataclasses.replace(prepared, size=dataclasses.replace(prepared.size, supply=1.0))
+    assert F.with_control_tokens(always, [full]) == [D.Row([1] * 100 + [n + 1], [3] * 28, row.label)]
+    full = D.Row([1] * 128, [3], row.label)
+    assert F.with_control_tokens(always, [full]) == [full]
+    assert F.by_control_token(prepared)([full.prompt], torch.tensor([row.label])) == ([[1] * 127 + [n + 1]], None)
 
 
 @pytest.mark.parametrize("name, value, layer, K", [("layer", 2, 2, 16), ("width", 4, 1, 4), ("width", 32, 1, 32),
