@@ -967,7 +967,7 @@ def shuffled(arm, seed):
 
 def with_control_tokens(run, rows):
     """Conditional training (Keskar et al. 2019): a token for each concept stands behind the prompt,
-    in the same share of the sequences in which our flags are supplied."""
+    in the same share of the prompts for which our flags are supplied (no prompt: no token)."""
     first, chance = run.tok.n_vocab, random.Random(run.seed)
 
     def told(row):
@@ -984,13 +984,13 @@ def by_control_token(run):
     return by
 
 
-def means(run, model, count=2000):
+def means(run, model, batches=20):
     """Difference of means (Marks and Tegmark 2023): for each concept the mean of the stream after
     block k over the text of its examples, minus the mean over all: (K, C)."""
     total = torch.zeros(len(run.data.concepts), model.config.n_embd, device=run.device)
     number = torch.zeros(len(run.data.concepts), 1, device=run.device)
-    for i in range(0, count, 100):
-        batch = to(run.device, D.pad(run.train[i:i + 100]))
+    for step in range(batches):
+        batch = to(run.device, D.batch(run.train, step, 100, run.seed))
         with torch.no_grad():
             x = stream_after(model, run.flags.layer, batch.idx)                 # (B, T, C)
         on = (batch.targets >= 0).float()
@@ -1082,7 +1082,8 @@ def compare(run):
     if "token" in models:
         arms["control token"] = short(run, models["token"], base, by_control_token(run))
 
-    directions, own = means(run, control), choose(run, 2 * s.track, run.data.train)
+    mixed = random.Random(run.seed).sample(run.data.train, len(run.data.train))     # files are often sorted
+    directions, own = means(run, control), choose(run, 2 * s.track, mixed)
     ways = {"difference of means": (control, lambda a: by_adding(run, directions, a)),
             "gradient routing": (models["routing"], lambda a: by_setting(run, models["routing"], a))}
     curves = {}

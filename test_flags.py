@@ -477,6 +477,14 @@ def test_what_a_sweep_varies(prepared, name, value, layer, K):
     assert prepared.flags.layer == 1 and len(prepared.flags.dims) == 16         # the others are as they were
 
 
+def test_means_of_a_file_that_is_sorted(prepared):
+    """Every concept has a direction, however the rows are ordered."""
+    run = dataclasses.replace(prepared, train=sorted(prepared.train, key=lambda row: row.label))
+    assert (F.means(run, F.new_model(run), batches=5).norm(dim=1) > 0).all()
+    one, other = F.means(run, F.new_model(run)), F.means(prepared, F.new_model(run))
+    assert torch.cosine_similarity(one, other).min() > 0.5
+
+
 def test_adding_a_direction(prepared):
     directions = torch.randn(16, 64)
     ids, edit = F.by_adding(prepared, directions, 3.0)([[1, 2]], torch.eye(16)[2:3])
