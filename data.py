@@ -648,6 +648,7 @@ class Row(NamedTuple):
     prompt: list[int]          # the tokenizer's begin (END, in ours) and the prompt's tokens
     text: list[int]            # the text's tokens and the tokenizer's end
     label: tuple[float, ...]   # (K,) 1.0 where the text is about concepts[i]
+    stay: int = 0              # so many tokens at the prompt's end stay where the prompt is not shown
 
 
 class Batch(NamedTuple):
@@ -683,7 +684,8 @@ def batch(rows: list[Row], step: int, size: int, seed: int, no_prompt: float = 0
 
     Every epoch goes through the rows in a new order (up to size - 1 of them sit it out; with
     fewer rows than `size`, each batch is all of them). Rows of similar length go together, so
-    that little is padding. In a share `no_prompt` of the rows the prompt is END alone.
+    that little is padding. In a share `no_prompt` of the rows the prompt is not shown: of its tokens
+    the first stands there alone (with the last row.stay).
     """
     per_epoch = max(1, len(rows) // size)
     epoch, i = divmod(step, per_epoch)
@@ -695,7 +697,7 @@ def batch(rows: list[Row], step: int, size: int, seed: int, no_prompt: float = 0
     chosen.sort(key=lambda row: len(row.prompt) + len(row.text))
     chosen = chosen[i * size:(i + 1) * size]
     drop, chance = np.random.default_rng([seed, 1, step]).random((2, len(chosen)), dtype=np.float32)
-    chosen = [row._replace(prompt=row.prompt[:1]) if draw < no_prompt else row
+    chosen = [row._replace(prompt=row.prompt[:1] + row.prompt[len(row.prompt) - row.stay:]) if draw < no_prompt else row
               for row, draw in zip(chosen, drop)]
     return pad(chosen)._replace(chance=torch.from_numpy(chance))
 
@@ -715,3 +717,11 @@ def pad(rows: list[Row]) -> Batch:
         targets[b, len(row.prompt) - 1:length] = row.text
     y = torch.tensor([row.label for row in rows], dtype=torch.float32)
     return Batch(torch.from_numpy(idx), torch.from_numpy(targets), y, torch.zeros(len(rows)))
+
+
+def predicted(targets: torch.Tensor) -> torch.Tensor:
+    """Where targets (B, T) are to be predicted, (B, T) bool; and at a few more positions, so that
+    their number is a multiple of 256 if that many are there: few different shapes, see `pad`."""
+    at = (targets >= 0).flatten()
+    at[(~at).nonzero()[:-at.sum() % 256]] = True
+    return at.view_as(targets)

@@ -213,11 +213,9 @@ def lm_loss(model, batch, edit=None):
 
 def token_losses(model, batch, edit=None):
     """The loss (nats) at each position (B, T), 0 where there is no target."""
-    at = (batch.targets >= 0).flatten()
-    at[(~at).nonzero()[:-at.sum() % 256]] = True    # few different shapes: see data.pad
-    at = at.view_as(batch.targets)
+    at = D.predicted(batch.targets)                 # (B, T) bool
     with torch.autocast(batch.idx.device.type, torch.bfloat16):
-        logits = model(batch.idx, edit, at=at)      # (positions, V), those without target among them
+        logits = model(batch.idx, edit, at=at)      # (N, V)
     losses = F.cross_entropy(logits.float(), batch.targets[at], reduction="none")
     return torch.zeros(at.shape, device=at.device).masked_scatter(at, losses)
 
@@ -336,7 +334,9 @@ def write(run, model, prompts, values=None, by=None):
     ids, edit = [run.ids(prompt) for prompt in prompts], None
     if values is not None:
         ids, edit = (by or by_flags(run, model))(ids, values.to(run.device))
-    return [run.tok.decode(text).strip() for text in continue_(run, model, ids, edit)]
+    texts = model.generate(ids, run.size.context, edit, run.size.temperature, stop=run.tok.end,
+                           generator=rng(run.seed, WRITING))
+    return [run.tok.decode(text).strip() for text in texts]
 
 
 def by_flags(run, model):
@@ -348,28 +348,17 @@ def last(ids):
     return torch.tensor([len(row) - 1 for row in ids])
 
 
-def continue_(run, model, ids, edit):
-    return model.generate(ids, run.size.context, edit, run.size.temperature, stop=run.tok.end,
-                          generator=rng(run.seed, WRITING))
-
-
 def switch(run, model, prompts, values, then):
     """Texts whose flags are `values` up to the end of the first sentence, and `then` after it:
     what follows the first sentence."""
-    ids, width = [run.ids(prompt) for prompt in prompts], model.config.n_embd
-    begin = (last(ids), values)
-    firsts = [first_sentence(run, text)
-              for text in continue_(run, model, ids, steer(run.flags, width, begin))]
-    ids = [row + first for row, first in zip(ids, firsts)]
-    texts = continue_(run, model, ids, steer(run.flags, width, begin, (last(ids), then)))
-    return [run.tok.decode(text).strip() for text in texts]
+    begin = last([run.ids(prompt) for prompt in prompts])
+    firsts = [first_sentence(text) for text in write(run, model, prompts, values)]
+    by = lambda ids, then: (ids, steer(run.flags, model.config.n_embd, (begin, values), (last(ids), then)))
+    return write(run, model, [f"{prompt} {first}" for prompt, first in zip(prompts, firsts)], then, by)
 
 
-def first_sentence(run, ids):
-    for n in range(1, len(ids) + 1):
-        if re.search(r"[.!?]\s*$", run.tok.decode(ids[:n])):
-            return ids[:n]
-    return ids
+def first_sentence(text):
+    return re.match(r".*?[.!?]|.*", text, re.S)[0]
 
 
 def hot(K, *columns):
@@ -885,37 +874,48 @@ def figure(*args, **kwargs):
     return plt.subplots(*args, layout="constrained", **kwargs)
 
 
+def curves(path, *rows):
+    """A picture of panels in rows. A panel is (lines, settings of its axes), a line (label, x, y, format);
+    where y holds `stat`s, their intervals are drawn as well."""
+    fig, axes = figure(len(rows), len(rows[0]), figsize=(1.5 + 4.5 * len(rows[0]), 4 * len(rows)), squeeze=False)
+    for ax, (lines, settings) in zip(axes.flat, [panel for row in rows for panel in row]):
+        for label, x, y, fmt in lines:
+            low, mean, high = np.array([[v["low"], v["mean"], v["high"]] if isinstance(v, dict) else [v] * 3
+                                        for v in y]).T
+            ax.errorbar(x, mean, yerr=[mean - low, high - mean], fmt=fmt, label=label)
+        ax.set(**settings)
+        ax.legend(fontsize=8)
+    fig.savefig(path, dpi=120)
+    return path
+
+
+def series(points, key, x="step"):
+    """The x and y of a line from a list of dicts."""
+    return [point[x] for point in points], [point[key] for point in points]
+
+
 @torch.no_grad()
 def draw(run, logs, matrix, model):
     """Three pictures in run.out: the erosion trajectory, the steering matrix, the flags of texts."""
-    names, paths = run.data.concepts, []
+    names, steps = run.data.concepts, logs["flags"][-1]["step"]
+    losses = [(f"LM loss, {name}", *series(log, "lm_loss"), "-") for name, log in logs.items()]
+    followed = [(f"{key}, {name}", *series(logs[name], key), color + style)
+                for key, color in (("conflict", "C0"), ("intact", "C2"), ("blank", "C3"))
+                for name, style in (("flags", "-"), ("control", ":"))]
+    paths = [curves(run.out / "erosion.png", [
+        (losses + [("flag loss", *series(logs["flags"], "flag_loss"), "-")], dict(
+            xlabel="step (of the base; of finetuning)", ylabel="nats; squared error", yscale="log", title="losses")),
+        (followed + [("stage 2 begins", [run.size.produce] * 2, [0, 1], "k-"),
+                     ("chance", [0, steps], [1 / len(names)] * 2, "k--")], dict(
+            xlabel="step of finetuning", ylabel="share of texts", ylim=(-0.02, 1.02),
+            title="does the text follow the flags (conflict) or the prompt?"))])]
 
     def keep(fig, name):
         paths.append(run.out / name)
         fig.savefig(paths[-1], dpi=120)
 
-    fig, (left, right) = figure(1, 2, figsize=(11, 4))
-    offset = logs["base"][-1]["step"]
-    for name, log in logs.items():
-        x = [point["step"] + (0 if name == "base" else offset) for point in log]
-        left.plot(x, [point["lm_loss"] for point in log], label=f"LM loss, {name}")
-    x = [point["step"] for point in logs["flags"]]
-    left.plot([offset + step for step in x], [point["flag_loss"] for point in logs["flags"]],
-              label="flag loss")
-    left.set(xlabel="step", ylabel="nats; squared error", yscale="log", title="losses")
-    for key, color in (("conflict", "C0"), ("intact", "C2"), ("blank", "C3")):
-        for name, style in (("flags", "-"), ("control", ":")):
-            right.plot(x, [point[key] for point in logs[name]], color + style, label=f"{key}, {name}")
-    right.axvline(run.size.produce, color="grey", lw=0.8)
-    right.text(run.size.produce, 1.02, " stage 2", color="grey", fontsize=8)
-    right.axhline(1 / len(names), color="grey", lw=0.8, ls="--")
-    right.set(xlabel="step of finetuning", ylabel="share of texts", ylim=(-0.02, 1.08),
-              title="does the text follow the flags (conflict) or the prompt?")
-    left.legend(fontsize=8), right.legend(fontsize=8)
-    keep(fig, "erosion.png")
-
     fig, axes = figure(figsize=(6.5, 5.5))
-    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
+    image = axes.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="Blues")
     axes.set(xticks=range(len(names)), yticks=range(len(names)), ylabel="flag that is set",
              xlabel="concept of the words that are written", title="one flag, neutral prompt")
     axes.set_xticklabels(names, rotation=90), axes.set_yticklabels(names)
@@ -928,7 +928,7 @@ def draw(run, logs, matrix, model):
         ids = (row.prompt + row.text)[:-1]
         tokens = [run.tok.decode([i]) for i in ids[1:]]
         own = stream_after(model, run.flags.layer, torch.tensor([ids], device=run.device))[0, 1:]
-        ax.imshow(own[:, run.flags.dims].T.cpu(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        ax.imshow(own[:, run.flags.dims].T.cpu().numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
         ax.axvline(len(row.prompt) - 2.5, color="C3", lw=1)
         ax.set(yticks=range(len(names)), xticks=range(len(tokens)))
         ax.set_yticklabels(names, fontsize=8), ax.set_xticklabels(tokens, rotation=90, fontsize=8)
@@ -967,13 +967,13 @@ def shuffled(arm, seed):
 
 def with_control_tokens(run, rows):
     """Conditional training (Keskar et al. 2019): a token for each concept stands behind the prompt,
-    in the same share of the prompts for which our flags are supplied (no prompt: no token)."""
+    shown or not, in the same share of the rows for which our flags are supplied."""
     first, chance = run.tok.n_vocab, random.Random(run.seed)
 
     def told(row):
-        prompt = row.prompt + [first + i for i, on in enumerate(row.label) if on]
-        room = run.size.context + 1 - len(prompt)
-        return row._replace(prompt=prompt, text=row.text[:room]) if room > 0 else row
+        tokens = [first + i for i, on in enumerate(row.label) if on]
+        room = run.size.context + 1 - len(row.prompt) - len(tokens)
+        return row._replace(prompt=row.prompt + tokens, text=row.text[:room], stay=len(tokens)) if room > 0 else row
     return [told(row) if chance.random() < run.size.supply else row for row in rows]
 
 
@@ -1086,14 +1086,14 @@ def compare(run):
     directions, own = means(run, control), choose(run, 2 * s.track, mixed)
     ways = {"difference of means": (control, lambda a: by_adding(run, directions, a)),
             "gradient routing": (models["routing"], lambda a: by_setting(run, models["routing"], a))}
-    curves = {}
+    strengths = {}
     for name, (model, by) in ways.items():
         def wins(strength):     # on prompts of its own, from the training split
             texts = write(run, model, own.cued, hot(K, own.b), by(strength))
             return sum(map(about, run.judge(texts), own.b))
-        curves[name] = {a: short(run, model, base, by(a)) for a in STRENGTHS}
+        strengths[name] = {a: short(run, model, base, by(a)) for a in STRENGTHS}
         best = max(STRENGTHS, key=wins)
-        arms[name] = curves[name][best] | {"strength": best}
+        arms[name] = strengths[name][best] | {"strength": best}
     path = run.out / "results.json"
     write_file(path, json.dumps(json.loads(path.read_text()) | {"compare": arms}, indent=1))
 
@@ -1102,17 +1102,12 @@ def compare(run):
     for name, row in arms.items():
         cells = [row[c] if isinstance(row[c], (float, type(None))) else row[c]["mean"] for c in columns]
         print(f"{name:22s}" + "".join(" " * 9 + "-" if c is None else f"{c:10.3f}" for c in cells))
-    fig, ax = figure(figsize=(7, 5))
-    for i, (name, row) in enumerate(arms.items()):
-        point = (row["nll_gap"]["mean"], row["conflict"]["mean"])
-        ax.plot(*point, "o", color=f"C{i}", label=name)
-        if name in curves:
-            ax.plot([r["nll_gap"]["mean"] for r in curves[name].values()],
-                    [r["conflict"]["mean"] for r in curves[name].values()], "-", color=f"C{i}", lw=1)
-    ax.set(xlabel="nll_gap: how much less likely than real text (nats a token)", ylim=(-0.02, 1.02),
-           ylabel="conflict: the text follows the flags", title="steering against the prompt")
-    ax.legend(fontsize=8)
-    fig.savefig(run.out / "compare.png", dpi=120)
+    place = lambda rows: ([row["nll_gap"]["mean"] for row in rows], [row["conflict"]["mean"] for row in rows])
+    lines = [(name, *place([row]), f"C{i}o") for i, (name, row) in enumerate(arms.items())]
+    lines += [("_", *place(curve.values()), f"C{[*arms].index(name)}-") for name, curve in strengths.items()]
+    curves(run.out / "compare.png", [(lines, dict(
+        xlabel="nll_gap: how much less likely than real text (nats a token)", ylim=(-0.02, 1.02),
+        ylabel="conflict: the text follows the flags", title="steering against the prompt"))])
     print(f"Wrote {run.out / 'results.json'}, {run.out / 'compare.png'}")
 
 
@@ -1164,26 +1159,20 @@ def sweep(run, name):
             rows[-1] |= short(r, model, base) | reading(r, model) | {"trajectory": log}
     write_file(run.out / f"sweep-{name}.json", json.dumps(rows, indent=1))
 
-    panels = {"width": 1, "supply": 5}.get(name, 2)
-    fig, axes = figure(1, panels, figsize=(4.5 * panels + 2, 4), squeeze=False)
-    axes, x = axes[0], [str(row["value"]).replace(", ", ",\n") for row in rows]
-    axes[0].plot(x, [row["over control"] for row in rows], "o-")
-    axes[0].set(xlabel=SWEEPS[name], ylabel="LM loss minus the control's (nats)")
-    axes[0].axhline(0, color="grey", lw=0.8)
-    for ax in axes[1:2]:
-        for key in ("conflict", "neutral", "intact", "blank", "exact"):
-            ax.errorbar(x, [row[key]["mean"] for row in rows], fmt="o-", label=key, capsize=2,
-                        yerr=[[row[key]["mean"] - row[key]["low"] for row in rows],
-                              [row[key]["high"] - row[key]["mean"] for row in rows]])
-        ax.set(xlabel=SWEEPS[name], ylabel="share of texts (exact: of prompts)", ylim=(-0.02, 1.02))
-    for ax, key in zip(axes[2:], ("intact", "blank", "conflict")):      # trajectories, for each p
-        for label, log in [*zip(x, (row["trajectory"] for row in rows)), ("control", logs["control"])]:
-            ax.plot([point["step"] / log[-1]["step"] for point in log], [point[key] for point in log],
-                    "k:" if label == "control" else "-", label=label.replace("\n", " "))
-        ax.set(xlabel="share of the training", title=key, ylim=(-0.02, 1.02))
-    for ax in axes[1:3]:
-        ax.legend(fontsize=8)
-    fig.savefig(run.out / f"sweep-{name}.png", dpi=120)
+    def line(label, key, of=rows, x=[str(value) for value in values], fmt="o-"):
+        return label, x, [row[key] for row in of], fmt
+
+    panels = [([line("flags model", "over control")], dict(
+        xlabel=SWEEPS[name], ylabel="LM loss minus the control's (nats)"))]
+    if name != "width":
+        panels.append(([line(key, key) for key in ("conflict", "neutral", "intact", "blank", "exact")], dict(
+            xlabel=SWEEPS[name], ylabel="share of texts (exact: of prompts)", ylim=(-0.02, 1.02))))
+    if name == "supply":
+        paths = [(str(row["value"]), row["trajectory"], "-") for row in rows] + [("control", logs["control"], "k:")]
+        panels += [([line(label, key, log, [point["step"] / log[-1]["step"] for point in log], fmt)
+                     for label, log, fmt in paths], dict(
+            xlabel="share of the training", title=key, ylim=(-0.02, 1.02))) for key in ("intact", "blank", "conflict")]
+    curves(run.out / f"sweep-{name}.png", panels)
     print(f"Wrote {run.out / f'sweep-{name}.json'}, {run.out / f'sweep-{name}.png'}")
 
 
@@ -1202,9 +1191,9 @@ def untold(run, examples, n):
     names none: (prompt ids, ids up to the end of that sentence, concept, the cue's word)."""
     found = []
     for e in examples:
-        first, rest = re.match(r"(.*?[.!?])(.*)", e.text, re.S).groups()
+        first = first_sentence(e.text)
         cue = [w for w in re.findall("[a-z]+", e.prompt.lower()) if w in run.data.words]
-        if len(e.concepts) == 1 and cue and rest and not D.content(first, run.data.words):
+        if len(e.concepts) == 1 and cue and not D.content(first, run.data.words):
             ids = run.ids(e.prompt)
             found.append((ids, ids + run.tok.encode(" " + first), run.data.concepts.index(e.concepts[0]),
                           cue[-1]))
@@ -1227,36 +1216,31 @@ def probe(run):
     views = {"flags": (run.flags.dims, None), "rest": (rest, None),
              "rest, flags at their mean": (rest, lambda b: usual.expand(len(b), -1)),
              "rest, flags set to another": (rest, lambda b: hot(K, b))}
-    rows = []
-    for view, (dims, values) in views.items():
-        for name, model in models.items():
-            acts = [activations(run, model, part, values(b) if values else None)
-                    for part, b in zip(sets, other)]
-            for where in (0, 1):
-                for layer in range(s.layers):
-                    x, x_test = (a[where][layer][:, dims] for a in acts)
-                    hit = []
-                    for label in (lambda row: row[2], lambda row: deal[row[3]]):
-                        y, y_test = (torch.tensor([label(row) for row in part]) for part in sets)
-                        hit.append((ridge(x, F.one_hot(y, K), x_test).argmax(1) == y_test).double())
-                    rows.append({"model": name, "view": view, "layer": layer + 1,
-                                 "position": ("last of the prompt", "before the concept is named")[where],
-                                 "accuracy": stat(hit[0].tolist()),
-                                 "selectivity": (hit[0] - hit[1]).mean().item()})
+    read_at = {(view, name): [activations(run, model, part, values(b) if values else None) for part, b in zip(sets, other)]
+               for view, (_, values) in views.items() for name, model in models.items()}
+
+    def hits(x, x_test, label):
+        y, y_test = (torch.tensor([label(row) for row in part]) for part in sets)
+        return (ridge(x, F.one_hot(y, K), x_test).argmax(1) == y_test).double()
+
+    rows, panels = [], {}
+    print(f"\naccuracy of linear probes (selectivity), layers 1 to {s.layers}")
+    for at, where in enumerate(("last of the prompt", "before the concept is named")):
+        for (view, name), acts in read_at.items():
+            line = []
+            for layer in range(s.layers):
+                x = [a[at][layer][:, views[view][0]] for a in acts]
+                told, dealt = hits(*x, lambda row: row[2]), hits(*x, lambda row: deal[row[3]])
+                line.append({"model": name, "view": view, "position": where, "layer": layer + 1,
+                             "accuracy": stat(told.tolist()), "selectivity": (told - dealt).mean().item()})
+            print(f"  {where:28s}{view:28s}{name:8s}" + "  ".join(
+                f"{row['accuracy']['mean']:.2f} ({row['selectivity']:+.2f})" for row in line))
+            panels.setdefault((where, view), []).append((name, *series(line, "accuracy", x="layer"), "o-"))
+            rows += line
     write_file(run.out / "probe.json", json.dumps(rows, indent=1))
-    fig, axes = figure(2, len(views), figsize=(14, 6), sharex=True, sharey=True)
-    print("\naccuracy of linear probes (selectivity), layers 1 to " + str(s.layers))
-    for row, where in zip(axes, ("last of the prompt", "before the concept is named")):
-        for ax, view in zip(row, views):
-            for name in models:
-                line = [r for r in rows if (r["model"], r["view"], r["position"]) == (name, view, where)]
-                ax.plot([r["layer"] for r in line], [r["accuracy"]["mean"] for r in line], "o-", label=name)
-                print(f"  {where:28s}{view:28s}{name:8s}" + "  ".join(
-                    f"{r['accuracy']['mean']:.2f} ({r['selectivity']:+.2f})" for r in line))
-            ax.set(ylim=(0, 1.02), xticks=range(1, s.layers + 1), title=view if where.startswith("last") else "")
-    axes[0, 0].set_ylabel("last token of the prompt"), axes[1, 0].set_ylabel("before the concept is named")
-    axes[1, 0].set_xlabel("layer"), axes[0, 0].legend(fontsize=8)
-    fig.savefig(run.out / "probe.png", dpi=100)
+    panels = [(lines, dict(title=view, xlabel="layer", ylabel=where, ylim=(0, 1.02)))
+              for (where, view), lines in panels.items()]
+    curves(run.out / "probe.png", panels[:len(views)], panels[len(views):])
     print(f"Wrote {run.out / 'probe.json'}, {run.out / 'probe.png'}")
 
 

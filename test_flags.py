@@ -232,7 +232,7 @@ def test_labels_and_masks_against_a_hand_labelled_example(tok):
     examples = [D.Example("Mia slept.", "A crab came.", ("sea",)), D.Example("", "Snow!", ("snow", "sea"))]
     rows = D.encode(examples, tok, ["farm", "sea", "snow"], 64)
     prompt, text = tok.encode("Mia slept."), tok.encode(" A crab came.")
-    assert rows[0] == ([tok.end] + prompt, text + [tok.end], (0.0, 1.0, 0.0))
+    assert rows[0] == D.Row([tok.end] + prompt, text + [tok.end], (0.0, 1.0, 0.0))
     assert rows[1].prompt == [tok.end] and rows[1].label == (0.0, 1.0, 1.0)
     batch = D.pad(rows)
     n = 1 + len(prompt) + len(text)
@@ -453,12 +453,14 @@ def test_control_tokens_stand_behind_the_prompt(prepared):
     run = dataclasses.replace(prepared, size=dataclasses.replace(prepared.size, supply=0.7))
     rows = F.with_control_tokens(run, [row] * 2000)
     told = sum(r.prompt == [1, 2, n + 1] for r in rows)
+    bare = D.batch(rows, 0, 2000, 1, no_prompt=1.0)         # the prompt goes, the token stays
+    assert sorted(map(tuple, bare.idx[:, :2].tolist())) == sorted((1, n + 1) if len(r.prompt) == 3 else (1, 1) for r in rows)
     assert told + sum(r.prompt == [1, 2] for r in rows) == 2000
     assert told / 2000 == pytest.approx(0.7, abs=0.06)      # 6 standard errors
     assert F.by_control_token(prepared)([[9]], torch.tensor([row.label])) == ([[9, n + 1]], None)
     full = D.Row([1] * 100, [3] * 29, row.label)             # it fills the context: the text makes room, or there is none
     always = dataclasses.replace(prepared, size=dataclasses.replace(prepared.size, supply=1.0))
-    assert F.with_control_tokens(always, [full]) == [D.Row([1] * 100 + [n + 1], [3] * 28, row.label)]
+    assert F.with_control_tokens(always, [full]) == [D.Row([1] * 100 + [n + 1], [3] * 28, row.label, stay=1)]
     full = D.Row([1] * 128, [3], row.label)
     assert F.with_control_tokens(always, [full]) == [full]
     assert F.by_control_token(prepared)([full.prompt], torch.tensor([row.label])) == ([[1] * 127 + [n + 1]], None)
