@@ -882,7 +882,8 @@ def curves(path, *rows):
         for label, x, y, fmt in lines:
             low, mean, high = np.array([[v["low"], v["mean"], v["high"]] if isinstance(v, dict) else [v] * 3
                                         for v in y]).T
-            ax.errorbar(x, mean, yerr=[mean - low, high - mean], fmt=fmt, label=label)
+            line, = ax.plot(x, mean, fmt, label=label)
+            ax.vlines(x, low, high, color=line.get_color(), lw=1)
         ax.set(**settings)
         ax.legend(fontsize=8)
     fig.savefig(path, dpi=120)
@@ -897,14 +898,16 @@ def series(points, key, x="step"):
 @torch.no_grad()
 def draw(run, logs, matrix, model):
     """Three pictures in run.out: the erosion trajectory, the steering matrix, the flags of texts."""
-    names, steps = run.data.concepts, logs["flags"][-1]["step"]
-    losses = [(f"LM loss, {name}", *series(log, "lm_loss"), "-") for name, log in logs.items()]
+    names, start, steps = run.data.concepts, logs["base"][-1]["step"], logs["flags"][-1]["step"]
+    shifted = {name: [point | {"step": point["step"] + start} for point in log] for name, log in logs.items()}
+    losses = [(f"LM loss, {name}", *series(log, "lm_loss"), "-")
+              for name, log in (shifted | {"base": logs["base"]}).items()]
     followed = [(f"{key}, {name}", *series(logs[name], key), color + style)
                 for key, color in (("conflict", "C0"), ("intact", "C2"), ("blank", "C3"))
                 for name, style in (("flags", "-"), ("control", ":"))]
     paths = [curves(run.out / "erosion.png", [
-        (losses + [("flag loss", *series(logs["flags"], "flag_loss"), "-")], dict(
-            xlabel="step (of the base; of finetuning)", ylabel="nats; squared error", yscale="log", title="losses")),
+        (losses + [("flag loss", *series(shifted["flags"], "flag_loss"), "-")], dict(
+            xlabel="step", ylabel="nats; squared error", yscale="log", title="losses")),
         (followed + [("stage 2 begins", [run.size.produce] * 2, [0, 1], "k-"),
                      ("chance", [0, steps], [1 / len(names)] * 2, "k--")], dict(
             xlabel="step of finetuning", ylabel="share of texts", ylim=(-0.02, 1.02),
