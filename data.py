@@ -697,8 +697,8 @@ def batch(rows: list[Row], step: int, size: int, seed: int, no_prompt: float = 0
     chosen.sort(key=lambda row: len(row.prompt) + len(row.text))
     chosen = chosen[i * size:(i + 1) * size]
     drop, chance = np.random.default_rng([seed, 1, step]).random((2, len(chosen)), dtype=np.float32)
-    chosen = [row._replace(prompt=row.prompt[:1] + row.prompt[len(row.prompt) - row.stay:]) if draw < no_prompt else row
-              for row, draw in zip(chosen, drop)]
+    hidden = lambda row: row.prompt[:1] + row.prompt[len(row.prompt) - row.stay:]
+    chosen = [row._replace(prompt=hidden(row)) if draw < no_prompt else row for row, draw in zip(chosen, drop)]
     return pad(chosen)._replace(chance=torch.from_numpy(chance))
 
 

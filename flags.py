@@ -1174,7 +1174,8 @@ def sweep(run, name):
         paths = [(str(row["value"]), row["trajectory"], "-") for row in rows] + [("control", logs["control"], "k:")]
         panels += [([line(label, key, log, [point["step"] / log[-1]["step"] for point in log], fmt)
                      for label, log, fmt in paths], dict(
-            xlabel="share of the training", title=key, ylim=(-0.02, 1.02))) for key in ("intact", "blank", "conflict")]
+            xlabel="share of the training", title=key, ylim=(-0.02, 1.02)))
+            for key in ("intact", "blank", "conflict")]
     curves(run.out / f"sweep-{name}.png", panels)
     print(f"Wrote {run.out / f'sweep-{name}.json'}, {run.out / f'sweep-{name}.png'}")
 
@@ -1219,8 +1220,9 @@ def probe(run):
     views = {"flags": (run.flags.dims, None), "rest": (rest, None),
              "rest, flags at their mean": (rest, lambda b: usual.expand(len(b), -1)),
              "rest, flags set to another": (rest, lambda b: hot(K, b))}
-    read_at = {(view, name): [activations(run, model, part, values(b) if values else None) for part, b in zip(sets, other)]
-               for view, (_, values) in views.items() for name, model in models.items()}
+    acts = {(view, name): [activations(run, model, part, values(b) if values else None)
+                           for part, b in zip(sets, other)]
+            for view, (_, values) in views.items() for name, model in models.items()}
 
     def hits(x, x_test, label):
         y, y_test = (torch.tensor([label(row) for row in part]) for part in sets)
@@ -1229,10 +1231,10 @@ def probe(run):
     rows, panels = [], {}
     print(f"\naccuracy of linear probes (selectivity), layers 1 to {s.layers}")
     for at, where in enumerate(("last of the prompt", "before the concept is named")):
-        for (view, name), acts in read_at.items():
+        for view, name in acts:
             line = []
             for layer in range(s.layers):
-                x = [a[at][layer][:, views[view][0]] for a in acts]
+                x = [part[at][layer][:, views[view][0]] for part in acts[view, name]]
                 told, dealt = hits(*x, lambda row: row[2]), hits(*x, lambda row: deal[row[3]])
                 line.append({"model": name, "view": view, "position": where, "layer": layer + 1,
                              "accuracy": stat(told.tolist()), "selectivity": (told - dealt).mean().item()})
