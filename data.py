@@ -155,8 +155,8 @@ desert: in the desert, at the oasis, on the dune, near the pyramid
     rode on a camel, trudged over the dunes, followed the caravan, climbed the pyramid
 """
 PLAIN = """a across among an at away by chased climbed counted crossed down followed for in into
-    looked near on opened over past picked played practised pulled rode some the through to tried
-    under up walked with""".split()
+    looked near on opened over past picked played practised rode some the through to under walked
+    with""".split()
 
 SHE = """Ada Alice Anna Clara Ella Emma Eva Hanna Julia Kate Leila Lucy Maya Mia Nora Ruth Sara
     Tina Vera Zoe""".split()
@@ -228,7 +228,7 @@ def story(rng: random.Random, table: dict[str, dict[str, list[str]]]) -> Example
     topics = []
     for concept in rng.sample(concepts, number):
         slot = rng.choice(("spot", "thing", "being"))   # "the harbour", "a shell" or "a crab"
-        topics.append(fill(rng, table[concept], "{%s}" % slot, set())[slot].removeprefix("some "))
+        topics.append(fill(rng, table[concept], "{%s}" % slot, set())[slot])
     prompt = rng.choice(CUES if cued else NEUTRAL).format(
         names=" and ".join(cast), topics=" and ".join(", ".join(topics).rsplit(", ", 1)))
 
@@ -238,7 +238,7 @@ def story(rng: random.Random, table: dict[str, dict[str, list[str]]]) -> Example
                          for forms in (OPENINGS, ENDINGS))
     if rng.random() < 0.4:
         plan.insert(0, (None, rng.choice(openings)))
-    if len(plan) < 5 and rng.random() < 0.25:
+    if rng.random() < 0.25:
         plan.append((None, rng.choice(endings)))
 
     sentences, used, clear = [], set(), not cued
@@ -278,10 +278,8 @@ def fill(rng: random.Random, phrases: dict[str, list[str]], form: str, used: set
 
 
 def a(noun: str) -> str:
-    """With an article: "a crab", "an owl", "a unicycle", "some hay"."""
-    if noun.startswith("some "):
-        return noun
-    vowel = noun[0] in "aeiou" and not noun.startswith(("uni", "uku"))   # these sound like "you"
+    """With an article: "a crab", "an oar", "a unicycle"."""
+    vowel = noun[0] in "aeiou" and not noun.startswith("uni")   # this sounds like "you"
     return f"an {noun}" if vowel else f"a {noun}"
 
 
@@ -703,7 +701,7 @@ def batch(rows: list[Row], step: int, size: int, seed: int, no_prompt: float = 0
 
 
 def pad(rows: list[Row]) -> Batch:
-    """Rows as tensors, padded on the right with END.
+    """Rows as tensors, padded on the right with their first token.
 
     targets[b, t] is the token that follows idx[b, t] if it belongs to the text, else -100. So the
     positions with a target run from the last token of the prompt to the last but one of the whole.

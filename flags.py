@@ -76,7 +76,7 @@ class Size:
     bare: float = 0.75          # the part of p that sequences without prompt get
     weight: float = 2.0         # lambda, of the flag loss
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
-    prompts: int = 256          # held-out prompts behind every measured figure
+    prompts: int = 256          # held-out prompts behind every rate
     track: int = 48             # held-out prompts behind every point of a trajectory
     every: int = 75             # steps from one point of a trajectory to the next
     temperature: float = 0.8
@@ -160,17 +160,17 @@ def steer(flags, width, *segments):
     values[b]. Later segments overrule earlier ones, so flags can be switched in mid-text.
     """
     def per_channel(values, elsewhere):                      # values (B, K or 1) -> (B, 1, C)
-        full = torch.full((len(values), 1, width), elsewhere, device=values.device)
+        full = torch.full((len(values), 1, width), elsewhere)
         full[..., flags.dims] = values[:, None].float()
         return full
 
-    plan = [(per_channel(start.to(values.device)[:, None], math.inf), per_channel(values, 0.0))
+    plan = [(per_channel(start[:, None], math.inf), per_channel(values.cpu(), 0.0))
             for start, values in segments]
 
     def edit(layer, x, pos):                                # x (B, T, C), pos (B, T)
         if layer >= flags.layer:
             for since, values in plan:                      # no position is beyond infinity
-                x = torch.where(pos[..., None] >= since, values.to(x.dtype), x)
+                x = torch.where(pos[..., None] >= since.to(x.device), values.to(x), x)
         return x
     return edit
 
@@ -179,9 +179,20 @@ def steer(flags, width, *segments):
 def read(model, flags, prompts):
     """The model's own flags (B, K) at the last token of each prompt (lists of token ids), as they
     stand after block k, the first place where they are asked for."""
-    device = model.wte.weight.device
-    return torch.stack([stream_after(model, flags.layer, torch.tensor([ids], device=device))[0, -1]
+    device, k = model.wte.weight.device, flags.layer
+    return torch.stack([streams(model, torch.tensor([ids], device=device))[k - 1][0, -1]
                         for ids in prompts])[:, flags.dims]
+
+
+def streams(model, idx, edit=None):
+    """The residual stream (B, T, C) after each block, as later blocks see it: a list of L."""
+    seen = []
+
+    def spy(layer, x, pos):
+        seen.append(edit(layer, x, pos) if edit else x)
+        return seen[-1]
+    model.stream(idx, spy)
+    return [x.float() for x in seen]
 
 
 # ---------------------------------------------------------------------------- training
@@ -212,7 +223,7 @@ def lm_loss(model, batch, edit=None):
 
 
 def token_losses(model, batch, edit=None):
-    """The loss (nats) at each position (B, T), 0 where there is no target."""
+    """The loss (nats) at each position (B, T), 0 where there is no target (-100, as cross_entropy has it)."""
     at = D.predicted(batch.targets)                 # (B, T) bool
     with torch.autocast(batch.idx.device.type, torch.bfloat16):
         logits = model(batch.idx, edit, at=at)      # (N, V)
@@ -226,7 +237,7 @@ def train_step(model, opts, batch, arm=None, step=0, weight=1.0, micro=None):
     for share, part in parts(batch, micro):
         edit, flag_loss = arm(step, part) if arm else (None, None)
         lm = lm_loss(model, part, edit)
-        flag = flag_loss() if arm else lm.new_zeros(())
+        flag = flag_loss() if flag_loss else lm.new_zeros(())
         (share * (lm + weight * flag)).backward()
         losses += share * torch.stack([lm, flag]).detach()
     if dist.is_initialized():
@@ -240,10 +251,11 @@ def train_step(model, opts, batch, arm=None, step=0, weight=1.0, micro=None):
     return *losses.tolist(), norm
 
 
-def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
+def fit(run, name, model, steps, arm=None, stage=None):
     """Train `model` for `steps` steps and return its log, a list of dicts.
 
-    arm(step, batch) -> (edit, flag_loss), or None for the language-modelling loss alone.
+    arm(step, batch) -> (edit, flag_loss or None); no arm: the language-modelling loss alone.
+    stage(step) says what the log calls a step's stage, by default `name`.
     Checkpoints go to run.out/name.pt. A run that was stopped is taken up where it was, to the same
     bits: batches, supply and measurements are functions of the seed and the step.
     """
@@ -281,7 +293,7 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
 
         if done % s.every == 0 or done == steps:
             settle(model, owner)
-            log.append({"step": done, "stage": stage(step), "lm_loss": held_out(run, model),
+            log.append({"step": done, "stage": stage(step) if stage else name, "lm_loss": held_out(run, model),
                         "flag_loss": flag, "train_loss": lm})
             if name != "base" and run.tracked:
                 log[-1] |= track(run, model)
@@ -306,7 +318,8 @@ def fit(run, name, model, steps, arm=None, stage=lambda step: "control"):
 
 @torch.no_grad()
 def held_out(run, model, rows=None, arm=None):
-    """LM loss (nats a token) on held-out rows, flags free: some of them while training goes on."""
+    """LM loss (nats a token) on held-out rows (the first 256, if none are given), flags free unless
+    an arm supplies them."""
     rows = sorted(rows or run.test[:256], key=lambda row: len(row.prompt) + len(row.text))
     total = count = 0
     at_once = run.micro or 128
@@ -331,7 +344,7 @@ def write(run, model, prompts, values=None, by=None):
 
     by(ids, values) -> (ids, edit) is another way to say what to write about, for the baselines.
     """
-    ids, edit = [run.ids(prompt) for prompt in prompts], None
+    ids, edit = [run.ids(prompt)[:run.size.context] for prompt in prompts], None
     if values is not None:
         ids, edit = (by or by_flags(run, model))(ids, values.to(run.device))
     texts = model.generate(ids, run.size.context, edit, run.size.temperature, stop=run.tok.end,
@@ -535,9 +548,12 @@ def fluency(run, base, prompts, texts, concepts):
              for i, (c, prompt, text) in enumerate(zip(concepts, prompts, texts)) if text and real[c]]
 
     def nll(examples):      # of each, in nats a token
-        rows = D.encode(examples, run.tok, names, base.config.context)
-        batch = to(run.device, D.pad(rows))
-        return token_losses(base, batch).sum(1) / (batch.targets >= 0).sum(1)
+        rows, each = D.encode(examples, run.tok, names, base.config.context), []
+        at_once = run.micro or len(rows)
+        for i in range(0, len(rows), at_once):
+            batch = to(run.device, D.pad(rows[i:i + at_once]))
+            each.append(token_losses(base, batch).sum(1) / (batch.targets >= 0).sum(1))
+        return torch.cat(each)
 
     def distinct2(texts):
         bigrams = [pair for text in texts for pair in zip(text.split(), text.split()[1:])]
@@ -639,6 +655,8 @@ def prepare(args):
         make_room(run, base, args)
     run.flags.dims = run.channels[-K:]
     run.prompts, run.tracked = choose(run, s.prompts), choose(run, s.track)
+    if not run.prompts.cued:
+        raise Stop(f"{args.data}: no held-out example has a prompt and just one concept: nothing to steer against")
     run.judge = word_judge(data) if data.words else bag_of_words_judge(data)
     found = run.judge([e.text for e in data.test])
     names = [{data.concepts[i] for i in concepts} for concepts in found]
@@ -655,8 +673,6 @@ def out_folder(args):
 
 
 def new_model(run):
-    if run.pretrained:
-        return run.pretrained
     s = run.size
     torch.manual_seed(run.seed)
     vocab = -(-(run.tok.n_vocab + len(run.data.concepts)) // 64) * 64    # room for control tokens
@@ -680,7 +696,7 @@ def supply_schedule(s):
 def train_all(run):
     """The base, its flags and its control, and their logs; what is finished is only loaded."""
     s, steps = run.size, run.size.produce + run.size.rely
-    base = new_model(run)
+    base = run.pretrained or new_model(run)
     fit_memory(run, base)
     print(f"{sum(p.numel() for p in base.parameters()):,} parameters on {run.device}, "
           f"{len(run.data.train):,} training examples of {run.data.name}, results in {run.out}")
@@ -743,9 +759,10 @@ def write_file(path, text):
 
 def commit():
     """The version of this program, if it runs from a git checkout."""
-    out = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
-    return out.stdout.strip() or None
+    with contextlib.suppress(OSError):      # there is no git
+        out = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                             cwd=Path(__file__).parent)
+        return out.stdout.strip() or None
 
 
 def samples(run, model, count=20):
@@ -867,17 +884,17 @@ def keep_memory():
 
 # ---------------------------------------------------------------------------- pictures
 
-def figure(*args, **kwargs):
-    import matplotlib       # takes half a second, and only pictures need it
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(*args, layout="constrained", **kwargs)
+def figure(rows, columns, size):
+    """A picture of `size` (inches) and its axes, (rows, columns)."""
+    from matplotlib.figure import Figure    # takes half a second, and only pictures need it
+    fig = Figure(size, layout="constrained")
+    return fig, fig.subplots(rows, columns, squeeze=False)
 
 
 def curves(path, *rows):
     """A picture of panels in rows. A panel is (lines, settings of its axes), a line (label, x, y, format);
     where y holds `stat`s, their intervals are drawn as well."""
-    fig, axes = figure(len(rows), len(rows[0]), figsize=(1.5 + 4.5 * len(rows[0]), 4 * len(rows)), squeeze=False)
+    fig, axes = figure(len(rows), len(rows[0]), (1.5 + 4.5 * len(rows[0]), 4 * len(rows)))
     for ax, (lines, settings) in zip(axes.flat, [panel for row in rows for panel in row]):
         for label, x, y, fmt in lines:
             low, mean, high = np.array([[v["low"], v["mean"], v["high"]] if isinstance(v, dict) else [v] * 3
@@ -917,25 +934,24 @@ def draw(run, logs, matrix, model):
         paths.append(run.out / name)
         fig.savefig(paths[-1], dpi=120)
 
-    fig, axes = figure(figsize=(6.5, 5.5))
-    image = axes.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="Blues")
-    axes.set(xticks=range(len(names)), yticks=range(len(names)), ylabel="flag that is set",
-             xlabel="concept of the words that are written", title="one flag, neutral prompt")
-    axes.set_xticklabels(names, rotation=90), axes.set_yticklabels(names)
+    fig, axes = figure(1, 1, (6.5, 5.5))
+    ax, ticks = axes[0, 0], range(len(names))
+    image = ax.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="Blues")
+    ax.set(xlabel="concept of the words that are written", ylabel="flag that is set", title="one flag, neutral prompt")
+    ax.set_xticks(ticks, names, rotation=90), ax.set_yticks(ticks, names)
     fig.colorbar(image, label="share of concept words")
     keep(fig, "matrix.png")
 
     rows = run.test[:3]
-    fig, axes = figure(len(rows), 1, figsize=(14, 4.2 * len(rows)))
-    for ax, row in zip(axes, rows):
+    fig, axes = figure(len(rows), 1, (14, 4.2 * len(rows)))
+    for ax, row in zip(axes.flat, rows):
         ids = (row.prompt + row.text)[:-1]
         tokens = [run.tok.decode([i]) for i in ids[1:]]
-        own = stream_after(model, run.flags.layer, torch.tensor([ids], device=run.device))[0, 1:]
+        own = streams(model, torch.tensor([ids], device=run.device))[run.flags.layer - 1][0, 1:]
         ax.imshow(own[:, run.flags.dims].T.cpu().numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
         ax.axvline(len(row.prompt) - 2.5, color="C3", lw=1)
-        ax.set(yticks=range(len(names)), xticks=range(len(tokens)))
-        ax.set_yticklabels(names, fontsize=8), ax.set_xticklabels(tokens, rotation=90, fontsize=8)
-    axes[0].set_title("the model's own flags, token by token (red: the text begins)")
+        ax.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8), ax.set_yticks(ticks, names, fontsize=8)
+    axes[0, 0].set_title("the model's own flags, token by token (red: the text begins)")
     keep(fig, "tokens.png")
     return paths
 
@@ -943,7 +959,7 @@ def draw(run, logs, matrix, model):
 # ---------------------------------------------------------------------------- baselines: --compare
 # Each is an arm of the same training, or an edit, or a prompt; all are measured alike.
 
-def short(run, model, base, by=None, control=None):
+def short(run, model, base, by=None):
     """One row of the comparison: the figures that every arm has."""
     p, K = run.prompts, len(run.data.concepts)
     b = [i % K for i in range(len(p.neutral))]
@@ -956,10 +972,6 @@ def short(run, model, base, by=None, control=None):
             "loss": held_out(run, model, run.test)}
 
 
-def unsteered(ids, values):
-    return ids, None
-
-
 def shuffled(arm, seed):
     """The same arm with the labels of each batch dealt out anew: flags that mean nothing."""
     def new(step, batch):
@@ -970,7 +982,7 @@ def shuffled(arm, seed):
 
 def with_control_tokens(run, rows):
     """Conditional training (Keskar et al. 2019): a token for each concept stands behind the prompt,
-    shown or not, in the same share of the rows for which our flags are supplied."""
+    shown or not, in a share p of the rows."""
     first, chance = run.tok.n_vocab, random.Random(run.seed)
 
     def told(row):
@@ -995,25 +1007,12 @@ def means(run, model, batches=20):
     for step in range(batches):
         batch = to(run.device, D.batch(run.train, step, 100, run.seed))
         with torch.no_grad():
-            x = stream_after(model, run.flags.layer, batch.idx)                 # (B, T, C)
+            x = streams(model, batch.idx)[run.flags.layer - 1]                  # (B, T, C)
         on = (batch.targets >= 0).float()
         total += batch.y.T @ (x * on[..., None]).sum(1)
         number += (batch.y.T @ on.sum(1))[:, None]
     mean = total / number.clamp(min=1)
     return mean - mean.mean(0)
-
-
-def stream_after(model, layer, idx, edit=None):
-    """The residual stream (B, T, C) after block `layer`, as later blocks see it."""
-    seen = []
-
-    def spy(at, x, pos):
-        x = edit(at, x, pos) if edit else x
-        if at == layer:
-            seen.append(x)
-        return x
-    model.stream(idx, spy)
-    return seen[0].float()
 
 
 def by_adding(run, directions, strength):
@@ -1046,16 +1045,11 @@ def route(run):
 
         def edit(layer, x, pos):
             return x if layer < flags.layer else torch.where(passes, x, x.detach())
-        return edit, lambda: torch.zeros((), device=run.device)
+        return edit, None
     return arm
 
 
-def by_setting(run, model, strength):
-    """The flags' dimensions set to strength instead of 1."""
-    return lambda ids, values: by_flags(run, model)(ids, strength * values)
-
-
-STRENGTHS = (0.5, 1, 2, 4, 8, 16)
+STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 def compare(run):
@@ -1078,7 +1072,7 @@ def compare(run):
 
     others = dataclasses.replace(run, flags=Flags(run.flags.layer, run.channels[:K]))
     arms = {"flags": short(run, flags, base),
-            "no steering": short(run, control, base, unsteered),
+            "no steering": short(run, control, base, lambda ids, values: (ids, None)),
             "shuffled labels": short(run, models["shuffled"], base),
             "stage 1 only": short(run, models["stage1"], base),
             f"{K} other dimensions": short(others, flags, base)}
@@ -1088,7 +1082,8 @@ def compare(run):
     mixed = random.Random(run.seed).sample(run.data.train, len(run.data.train))     # files are often sorted
     directions, own = means(run, control), choose(run, 2 * s.track, mixed)
     ways = {"difference of means": (control, lambda a: by_adding(run, directions, a)),
-            "gradient routing": (models["routing"], lambda a: by_setting(run, models["routing"], a))}
+            "gradient routing": (models["routing"], lambda a: lambda ids, values: by_flags(
+                run, models["routing"])(ids, a * values))}
     strengths = {}
     for name, (model, by) in ways.items():
         def wins(strength):     # on prompts of its own, from the training split
@@ -1154,10 +1149,10 @@ def sweep(run, name):
         r, arm = variant(run, name, value)
         jobs.append((r, f"{name}-{value}".replace(" ", "-"), copy_of(run, base),
                      10 * steps if value == LONG else steps, arm, lambda step: 1 if step < s.produce else 2))
-    rows = []
+    rows, theirs = [], held_out(run, control, run.test)
     for value, (r, _, model, *_), log in zip(values, jobs, fit_all(jobs)):
         loss = held_out(run, model, run.test)
-        rows.append({"value": value, "loss": loss, "over control": loss - held_out(run, control, run.test)})
+        rows.append({"value": value, "loss": loss, "over control": loss - theirs})
         if name != "width":
             rows[-1] |= short(r, model, base) | reading(r, model) | {"trajectory": log}
     write_file(run.out / f"sweep-{name}.json", json.dumps(rows, indent=1))
@@ -1255,17 +1250,12 @@ def activations(run, model, part, values):
     stream after each layer: two lists of L tensors (N, C). values (N, K): flags that are set."""
     at_prompt, at_end = [], []
     for i, (prompt, ids, _, _) in enumerate(part):
-        seen, edit = [], None
+        edit = None
         if values is not None:
             edit = steer(run.flags, run.size.width, (torch.tensor([len(prompt) - 1]), values[i:i + 1]))
-
-        def spy(layer, x, pos):
-            x = edit(layer, x, pos) if edit else x
-            seen.append(x[0].float().cpu())
-            return x
-        model.stream(torch.tensor([ids], device=run.device), spy)
-        at_prompt.append(torch.stack([x[len(prompt) - 1] for x in seen]))
-        at_end.append(torch.stack([x[-1] for x in seen]))
+        x = torch.cat(streams(model, torch.tensor([ids], device=run.device), edit)).cpu()     # (L, T, C)
+        at_prompt.append(x[:, len(prompt) - 1])
+        at_end.append(x[:, -1])
     return [torch.stack(at).unbind(1) for at in (at_prompt, at_end)]
 
 
@@ -1273,13 +1263,11 @@ def relearn(run):
     """With the flags blanked for good, how soon does the flags model learn again from the prompt
     what its base knew; and how soon a model that never learned anything?"""
     (base, flags, _), s = train_all(run)[0], run.size
-    zero = install(run.flags, lambda step: 1.0)
-
-    def arm(step, batch):
-        edit, _ = zero(step, batch._replace(y=torch.zeros_like(batch.y)))
-        return edit, lambda: torch.zeros((), device=run.device)
+    supplied = install(run.flags, lambda step: 1.0)
+    arm = lambda step, batch: (supplied(step, batch._replace(y=torch.zeros_like(batch.y)))[0], None)
     quick = dataclasses.replace(run, size=dataclasses.replace(s, every=25))
-    models = {"flags": copy_of(run, flags), "scratch": new_model(run)}
+    torch.manual_seed(run.seed)
+    models = {"flags": copy_of(run, flags), "scratch": GPT(base.config).to(base.wte.weight)}
     logs = dict(zip(models, fit_all([(quick, f"relearn-{name}", model, s.rely, arm)
                                      for name, model in models.items()])))
     write_file(run.out / "relearn.json", json.dumps(logs, indent=1))
@@ -1296,11 +1284,12 @@ def seeds(args):
     out, results = out_folder(args), []
     for seed in range(args.seed, args.seed + args.seeds):
         one = argparse.Namespace(**vars(args) | {"seed": seed, "out": str(out / f"seed-{seed}")})
-        path = out / f"seed-{seed}" / "results.json"
-        done = {} if args.fresh or not path.exists() else json.loads(path.read_text())
-        if not done or (args.compare and "compare" not in done):
-            run = prepare(one)
-            with locked(run, args.fresh):
+        run, path = prepare(one), out / f"seed-{seed}" / "results.json"
+        with locked(run, args.fresh):
+            done = json.loads(path.read_text()) if path.exists() else {}
+            if done:
+                load(run, run.out / "flags.pt")     # refuses those of other settings
+            if not done or (args.compare and "compare" not in done):
                 (compare if args.compare else main_job)(run)
         result = json.loads(path.read_text())
         result["loss"]["flags - control"] = result["loss"]["flags"] - result["loss"]["control"]
@@ -1338,12 +1327,12 @@ def rounds(jobs, count):
     return {name: float(np.median(t)) for name, t in times.items()}
 
 
-def matmul_peak(s, tokens):
+def matmul_peak(s, tokens, device):
     """The best bfloat16 rate (GFLOP/s) of this machine on the matmuls of one block."""
     shapes = [(s.width, 3 * s.width), (s.width, s.width), (s.width, 4 * s.width), (4 * s.width, s.width)]
     jobs, work = {}, {}
     for a, b in shapes:
-        x, w = torch.randn(tokens, a).bfloat16(), torch.randn(b, a).bfloat16()
+        x, w = (torch.randn(n, a, device=device).bfloat16() for n in (tokens, b))
         jobs[a, b] = lambda x=x, w=w: [F.linear(x, w) for _ in range(20)]
         work[a, b] = 20 * 2 * tokens * a * b
     return max(work[shape] / seconds for shape, seconds in rounds(jobs, 5).items()) / 1e9
@@ -1431,8 +1420,8 @@ def bench(run):
             for B in (1, 64):
                 ids = [run.ids(prompt) for prompt in (run.prompts.neutral * B)[:B]]
                 longest = max(map(len, ids))
-                idx = torch.tensor([[run.tok.end] * (longest - len(i)) + i for i in ids])
-                mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids])
+                idx = torch.tensor([[run.tok.end] * (longest - len(i)) + i for i in ids], device=run.device)
+                mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids], device=run.device)
                 writes[B, "transformers", kind] = with_attention(kind, lambda idx=idx, mask=mask:
                     theirs.generate(idx, attention_mask=mask, max_new_tokens=n, min_new_tokens=n,
                                     do_sample=True, temperature=0.8, top_k=0))
@@ -1441,7 +1430,7 @@ def bench(run):
     rate = {name: tokens / seconds for name, seconds in trained.items()}
     best = max((rate.get(("transformers", kind)) for kind in ("eager", "sdpa")), key=lambda r: r or 0)
     result = {"train": {**{k: rate[k] for k in ("base", "flags", "control")}, "transformers": best},
-              "generate": {}, "peak_gflops": matmul_peak(s, tokens // len(batches)),
+              "generate": {}, "peak_gflops": matmul_peak(s, tokens // len(batches), run.device),
               "threads": torch.get_num_threads(), "torch": torch.__version__}
     for B in (1, 64):
         speed = {key[1:]: B * n / seconds for key, seconds in written.items() if key[0] == B}
@@ -1488,7 +1477,7 @@ def fit_all(jobs):
     at_once = min(threads, len(jobs)) if forks and not run.pretrained else 1
 
     def child(job):
-        torch.set_num_threads(threads // at_once)
+        torch.set_num_threads(1)        # more would hang: OpenMP does not survive a fork
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: does not outlive its parent
         with contextlib.suppress(Stop):
             fit(*job)
@@ -1504,7 +1493,7 @@ def fit_all(jobs):
             for one in going:
                 one.terminate()
         going = [one for one in going if one.is_alive()]
-    torch.set_num_threads(threads // at_once)
+    torch.set_num_threads(1 if at_once > 1 else threads)
     try:
         return [fit(*job) for job in jobs]
     finally:
@@ -1669,7 +1658,7 @@ def by_use(run, model, batches=32):
 
 
 def fencing(run, base):
-    """Loss (nats a token) of an untrained base whose channels are overwritten where flags will stand,
+    """Loss (nats a token) of a base before finetuning whose channels are overwritten where flags will stand,
     with zeros and with the labels: is it right to take the least used ones?"""
     K, C = len(run.flags.dims), base.config.n_embd
     sets = {"least used": run.flags.dims, "last": list(range(C - K, C)),
@@ -1729,11 +1718,13 @@ def fit_memory(run, model):
           + (f"; {N} processes, {'FSDP2' if run.shard else 'DDP'}" if N > 1 else ""))
     if sum(plan.values()) > room:
         fewest = run.size.layers - run.size.first_layer + 1
+        options = {"--micro 1": (1, length, run.top, N),
+                   f"torchrun --nproc_per_node={2 * N} and --micro 1": (1, length, run.top, 2 * N)}
+        if run.pretrained:
+            options |= {f"--train {fewest}": (rows, length, fewest, N),
+                        f"--micro 1 --train {fewest}": (1, length, fewest, N)}
         print("  it does not fit; with " + ", with ".join(
-            f"{option} {GB(sum(needs(model, *numbers).values()))}" for option, numbers in {
-                "--micro 1": (1, length, run.top, N), f"--train {fewest}": (rows, length, fewest, N),
-                f"--micro 1 --train {fewest}": (1, length, fewest, N),
-                f"torchrun --nproc_per_node={2 * N} and --micro 1": (1, length, run.top, 2 * N)}.items()))
+            f"{option} {GB(sum(needs(model, *numbers).values()))}" for option, numbers in options.items()))
 
 
 def export(args):
@@ -1760,7 +1751,7 @@ def take_up(args):
     out = out_folder(args)
     command = f"python flags.py --size {args.size}" + (
         "" if args.data == "stories" else f" --data {args.data}") + (
-        f" --init {args.init}" if args.init else "")
+        f" --init {args.init}" if args.init else "") + (f" --out {args.out}" if args.out else "")
     if not (out / "results.json").exists():
         raise Stop(f"{out} holds no finished run; make one with `{command}`")
     saved = read_checkpoint(out / "flags.pt", torch.device("cpu"))
@@ -1860,8 +1851,8 @@ def parser():
                    "(Debian's wordnet-base or NLTK's), or a .jsonl file with lines of "
                    '{"prompt": ..., "text": ..., "concepts": [...]} (default: stories)')
     p.add_argument("--seed", type=natural, default=1337, help="all randomness comes from it")
-    p.add_argument("--flags", type=natural, default=16, metavar="N", help="the most concepts that a "
-                   ".jsonl file may have (default: 16)")
+    p.add_argument("--flags", type=natural, default=16, metavar="N", help="of stories and wordnet the "
+                   "first N concepts; the most that a .jsonl file may have (default: 16)")
     p.add_argument("--init", metavar="DIR", help="install the flags in a real checkpoint, GPT-2 or "
                    "Llama-like: a Hugging Face folder on disk (--size then says steps and batches)")
     p.add_argument("--lr", nargs="+", type=positive, metavar="RATE", help="with --init: peak rate of "
@@ -1884,9 +1875,10 @@ def parser():
                    "in base, flags model and control?")
     job.add_argument("--relearn", action="store_true", help="flags blanked for good: how soon does the "
                    "flags model learn again what its base knew?")
-    p.add_argument("--seeds", type=natural, default=1, metavar="N", help="the whole job N times, with "
+    p.add_argument("--seeds", type=counted, default=1, metavar="N", help="the whole job N times, with "
                    "seeds SEED, SEED + 1, ...; mean and range of each figure")
-    job.add_argument("--bench", action="store_true", help="how fast this machine trains and writes")
+    job.add_argument("--bench", action="store_true", help="how fast this machine trains and writes "
+                   "(to out/bench.json)")
     job.add_argument("--steer", nargs="?", const="", metavar="PROMPT", help="write with a finished run's "
                    "model, its flags free and set; without PROMPT and flags: an interactive loop")
     p.add_argument("--on", nargs="+", default=[], metavar="FLAG", help="with --steer: set to 1")
@@ -1894,17 +1886,19 @@ def parser():
     return p
 
 
-def natural(text):
+def natural(text, least=0):
     number = int(text)
-    if number < 0:
+    if number < least:
         raise ValueError
     return number
 
 
+def counted(text):
+    return natural(text, least=1)
+
+
 def some(text):
-    if text != "all" and int(text) < 1:
-        raise ValueError
-    return None if text == "all" else int(text)
+    return None if text == "all" else counted(text)
 
 
 def positive(text):
