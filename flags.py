@@ -232,7 +232,10 @@ def token_losses(model, batch, edit=None):
 
 
 def train_step(model, opts, batch, arm=None, step=0, weight=1.0, micro=None):
-    """One step down the gradient of LM loss + weight x flag loss: (LM loss, flag loss, norm)."""
+    """One step down the gradient of LM loss + weight x flag loss: (LM loss, flag loss, norm).
+
+    For one process and a whole batch, parts() is that batch, gather() nothing and update() opt.step().
+    """
     losses = torch.zeros(2, device=batch.idx.device)
     for share, part in parts(batch, micro):
         edit, flag_loss = arm(step, part) if arm else (None, None)

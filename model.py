@@ -3,7 +3,7 @@
 One readable block covers two families, so that the class which trains from scratch in minutes also
 runs real checkpoints: GPT-2 (LayerNorm, learned positions, GELU; Radford et al. 2019) and Llama
 (RMSNorm, rotary positions, SwiGLU, grouped-query attention; Touvron et al. 2023), which Phi-3,
-Phi-4-mini, Qwen2 and SmolLM2 follow. `GPT.from_pretrained` and `save_pretrained` are at the end.
+Phi-4-mini, Qwen2 and SmolLM2 follow. What their checkpoints call things stands at the end.
 
 The one opening for everything that is done to activations is the argument `edit`: a function
 edit(layer, x, pos) -> x that `forward` calls on the residual stream after each block. It is an
