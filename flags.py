@@ -160,11 +160,11 @@ def steer(flags, width, *segments):
     values[b]. Later segments overrule earlier ones, so flags can be switched in mid-text.
     """
     def per_channel(values, elsewhere):                      # values (B, K or 1) -> (B, 1, C)
-        full = torch.full((len(values), 1, width), elsewhere)
+        full = torch.full((len(values), 1, width), elsewhere, device=values.device)
         full[..., flags.dims] = values[:, None].float()
         return full
 
-    plan = [(per_channel(start[:, None], math.inf), per_channel(values.cpu(), 0.0))
+    plan = [(per_channel(start.to(values.device)[:, None], math.inf), per_channel(values, 0.0))
             for start, values in segments]
 
     def edit(layer, x, pos):                                # x (B, T, C), pos (B, T)
@@ -367,7 +367,7 @@ def last(ids):
 def switch(run, model, prompts, values, then):
     """Texts whose flags are `values` up to the end of the first sentence, and `then` after it:
     what follows the first sentence."""
-    begin = last([run.ids(prompt) for prompt in prompts])
+    begin, values = last([run.ids(prompt) for prompt in prompts]), values.to(run.device)
     firsts = [first_sentence(text) for text in write(run, model, prompts, values)]
     by = lambda ids, then: (ids, steer(run.flags, model.config.n_embd, (begin, values), (last(ids), then)))
     return write(run, model, [f"{prompt} {first}" for prompt, first in zip(prompts, firsts)], then, by)
@@ -1325,6 +1325,8 @@ def rounds(jobs, count):
         for name, job in jobs.items():
             started = time.perf_counter()
             job()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if turn:        # the first turn warms up
                 times[name].append(time.perf_counter() - started)
     return {name: float(np.median(t)) for name, t in times.items()}
@@ -1388,7 +1390,7 @@ def bench(run):
     model, n = new_model(run).eval(), 64
     for B in (1, 64):
         ids = [run.ids(prompt) for prompt in (run.prompts.neutral * B)[:B]]
-        edit = steer(run.flags, s.width, (last(ids), torch.ones(B, len(run.data.concepts))))
+        edit = steer(run.flags, s.width, (last(ids), torch.ones(B, len(run.data.concepts), device=run.device)))
         writes[B, "free"] = lambda ids=ids: model.generate(ids, n, generator=rng(0))
         writes[B, "steered"] = lambda ids=ids, edit=edit: model.generate(ids, n, edit, generator=rng(0))
     try:
