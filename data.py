@@ -319,8 +319,11 @@ def wordnet_lines() -> list[str]:
         if (folder / "data.noun").is_file():
             return (folder / "data.noun").read_text("utf-8", "replace").splitlines()
         if folder.with_suffix(".zip").is_file():
-            with zipfile.ZipFile(folder.with_suffix(".zip")) as archive:
-                return archive.read("wordnet/data.noun").decode("utf-8", "replace").splitlines()
+            try:
+                with zipfile.ZipFile(folder.with_suffix(".zip")) as archive:
+                    return archive.read("wordnet/data.noun").decode("utf-8", "replace").splitlines()
+            except (zipfile.BadZipFile, KeyError) as error:
+                raise ValueError(f"{folder}.zip: {error}; download it again") from None
     raise FileNotFoundError(
         f"WordNet is neither in {' nor in '.join(map(str, folders))}: get it with "
         "`apt-get install wordnet-base` or `python -m nltk.downloader wordnet`")
@@ -411,7 +414,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     pieces = [list(piece.encode("utf-8", "replace")) for piece in counts]
     counts = list(counts.values())
     tokens, merges = [bytes([byte]) for byte in range(256)], []
-    ranks = {token: rank for rank, token in enumerate(tokens)}
 
     frequency, holders = Counter(), defaultdict(set)   # pair -> its count, pair -> pieces with it
     for i, piece in enumerate(pieces):
@@ -427,19 +429,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
             if frequency[pair] > 0:
                 heapq.heappush(heap, (-frequency[pair], pair))
             continue
-        token = tokens[pair[0]] + tokens[pair[1]]
-        if token not in ranks:   # "a" + "bc" may spell what "ab" + "c" did
-            ranks[token] = len(tokens)
-            tokens.append(token)
-            merges.append([letters(tokens[pair[0]]), letters(tokens[pair[1]])])
+        token = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        merges.append([letters(tokens[i]) for i in pair])
         fresh = set()   # the pairs that this merge brings about
         for i in holders.pop(pair):
             for old in zip(pieces[i], pieces[i][1:]):
                 frequency[old] -= counts[i]
-            pieces[i] = merge(pieces[i], pair, ranks[token])
+            pieces[i] = merge(pieces[i], pair, token)
             for new in zip(pieces[i], pieces[i][1:]):
                 frequency[new] += counts[i]
-                if ranks[token] in new:
+                if token in new:
                     holders[new].add(i)
                     fresh.add(new)
         for new in fresh:
@@ -477,7 +477,7 @@ def letters(token: bytes) -> str:
 @dataclass
 class Tokenizer:
     """Text to token ids and back."""
-    encode: Callable[[str], list[int]]   # special tokens in the text are taken as plain text
+    encode: Callable[[str], list[int]]   # special tokens in the text (by tiktoken: all added ones) are plain text
     decode: Callable[[list[int]], str]   # bytes that are not UTF-8 become U+FFFD
     begin: int      # opens a sequence: `end`, unless the folder puts a token before every text
     end: int        # ends a sequence
@@ -511,8 +511,8 @@ def with_tiktoken(spec: dict, vocab: dict[str, int], added: dict[str, int]):
     """(encode, decode), or None if tiktoken's tokens might be others than `spec`'s.
 
     A tokenizer.json lists the pairs that may be joined, first those to be joined first; tiktoken
-    joins the two neighbours whose union has the lowest id. Both do the same where the ids of the
-    unions only rise along the list (Llama-3 lists all pairs of a token together). With
+    joins the two neighbours whose union has the lowest id. For a trained list both do the same where
+    the ids of the unions only rise along it (Llama-3 lists all pairs of a token together). With
     "ignore_merges", a token that no pair makes stands for a whole piece; tiktoken takes it so too
     if it has no two parts that are tokens.
     """
@@ -565,7 +565,7 @@ def list_cuts(spec: dict) -> list[str] | None:
                 return None
     cuts = cuts or [r"[\s\S]+"]
     groups = any(regex.compile(cut).groups for cut in cuts[:-1])   # would upset regex.split
-    return None if groups or step["type"] != "ByteLevel" else cuts
+    return None if groups or not steps or steps[-1].get("type") != "ByteLevel" else cuts
 
 
 def with_tokenizers(spec: dict):
@@ -616,8 +616,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if spec is None and "vocab.json" in files and (folder / "merges.txt").is_file():
         lines = (folder / "merges.txt").read_text("utf-8").splitlines()
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        vocab, made = files["vocab.json"], {"".join(pair) for pair in merges}
-        added = {token: id for token, id in vocab.items() if token not in made | BYTES.keys()}
+        vocab, made = files["vocab.json"], BYTES.keys() | {"".join(pair) for pair in merges}
+        added = {token: id for token, id in vocab.items() if token not in made}
         spec = bpe_spec(vocab, merges, [], added)
     if spec is None:
         raise FileNotFoundError(f"{folder} has no tokenizer.json, nor vocab.json and merges.txt")

@@ -1607,9 +1607,11 @@ def take_over(args, s):
     """--init: the model and the tokenizer in a folder, and the sizes that follow from them."""
     try:
         base, tok = GPT.from_pretrained(args.init, s.context), D.load_tokenizer(args.init)
-    except (ValueError, OSError, ImportError):
+    except (OSError, ImportError):
         raise
     except Exception as error:      # whatever a broken file makes of its reader
+        if type(error) is ValueError:       # ours; json's and utf-8's are subclasses
+            raise
         raise ValueError(f"{args.init} is no whole model folder ({type(error).__name__}: {error})")
     c, lr = base.config, args.lr or [3e-4]
     if tok.n_vocab > c.vocab_size:
@@ -1744,6 +1746,8 @@ def export(args):
         for name, one in (("base", base), ("flags", model)):
             one.save_pretrained(Path(args.export) / name)
             D.save_tokenizer(tok, Path(args.export) / name)
+            if not args.init:       # where transformers' generate looks for the end of a text
+                write_file(Path(args.export) / name / "generation_config.json", json.dumps({"eos_token_id": tok.end}))
     except (ValueError, OSError, ImportError) as error:
         raise Stop(str(error))
     print(f"Wrote {Path(args.export) / 'base'}, {Path(args.export) / 'flags'}")
@@ -1760,8 +1764,11 @@ def take_up(args):
     if not (out / "results.json").exists():
         raise Stop(f"{out} holds no finished run; make one with `{command}`")
     saved = read_checkpoint(out / "flags.pt", torch.device("cpu"))
-    model = GPT(Config(**saved["config"]))
-    model.load_state_dict(saved["model"])
+    with torch.device("meta"):      # spares the random initialization, and keeps bfloat16
+        model = GPT(Config(**saved["config"]))
+    model.load_state_dict(saved["model"], assign=True)
+    if model.config.tied:
+        model.head.weight = model.wte.weight
     return model.eval(), D.load_tokenizer(out), saved["concepts"], Flags(**saved["flags"])
 
 

@@ -17,7 +17,6 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn as nn
@@ -52,9 +51,14 @@ class Config:
         self.out_bias = self.bias if self.out_bias is None else self.out_bias
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):       # torch wants one dtype here, and autocast does not see to that
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(c):
     if c.norm == "rms":
-        return nn.RMSNorm(c.n_embd, eps=c.norm_eps)
+        return RMSNorm(c.n_embd, eps=c.norm_eps)
     return nn.LayerNorm(c.n_embd, eps=c.norm_eps, bias=c.bias)
 
 
@@ -226,7 +230,7 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         for layer, block in enumerate(self.blocks, start=1):
             if self.checkpoint and self.training and cache is None:
-                x = checkpoint(block, x, bias, angles, use_reentrant=False)
+                x = checkpoint(block, x, bias, angles, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, bias, angles, cache)
             if edit is not None:
@@ -323,6 +327,7 @@ class GPT(nn.Module):
         save_file, folder, dtype = safetensors().save_file, Path(folder), self.wte.weight.dtype
         d = dict(self.config.source or their_config(self.config))
         d.pop("dtype", None)                            # transformers 5's word for torch_dtype
+        d.pop("auto_map", None)                         # names .py files that are not written here
         d["torch_dtype"] = str(dtype).removeprefix("torch.")
         if "n_positions" in d:
             d["n_positions"] = self.config.context
@@ -346,7 +351,7 @@ def sample(logits, temperature, top_k, generator):
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
-    if top_k is not None and top_k < logits.size(-1):
+    if top_k and top_k < logits.size(-1):
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     total = logits.softmax(-1).cumsum(-1)       # one random number a row: far cheaper than one a token
@@ -501,19 +506,19 @@ def read_weights(folder, kind):
         elif not files[0].exists():
             continue
         for file in files:
-            tensors |= unpickle(file) if "pytorch" in name else safetensors().load_file(file)
+            try:        # weights_only, for a pickle can run any program
+                tensors |= (torch.load(file, map_location="cpu", weights_only=True)
+                            if "pytorch" in name else safetensors().load_file(file))
+            except (OSError, ImportError):
+                raise
+            except Exception as error:      # whatever a broken file makes of its reader
+                raise ValueError(f"{file} is no whole file of tensors alone and was not loaded "
+                                 f"({type(error).__name__})") from None
         prefix = NAMES[kind]["wte"].split(".")[0] + "."     # some files were saved without it
         computed = r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$"      # masks and angles
         return {key if key.startswith((prefix, "lm_head.")) else prefix + key: w
                 for key, w in tensors.items() if not re.search(computed, key)}
     raise FileNotFoundError(f"there is no model.safetensors or pytorch_model.bin in {folder}")
-
-
-def unpickle(file):
-    try:        # weights_only, for a pickle can run any program
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except UnpicklingError:
-        raise ValueError(f"{file} holds more than tensors and was not loaded") from None
 
 
 def safetensors():

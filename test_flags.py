@@ -334,6 +334,10 @@ def test_wordnet_reader(tmp_path, monkeypatch):
     data = D.load("wordnet")
     assert sorted(data.train + data.judge + data.test, key=lambda e: e.prompt) == [
         D.Example("poodle dog:", "a curly dog", ("animal",)), D.Example("rose:", "a thorny shrub", ("plant",))]
+    (folder / "data.noun").unlink()
+    folder.with_suffix(".zip").write_bytes(b"half of a download")
+    with pytest.raises(ValueError, match="wordnet.zip: .*download it again"):
+        D.load("wordnet")
 
 
 def lines(*items):
@@ -1416,6 +1420,17 @@ def test_real_merges_that_tiktoken_would_do_otherwise(tmp_path):
     agree(ours, d)
 
 
+def test_real_a_vocabulary_that_lacks_bytes(tmp_path):
+    """As a tokenizer has that was trained without all 256 to begin with."""
+    d = tokenizer_json("smollm2")
+    del d["model"]["vocab"][D.LETTERS[0xC0]]            # UTF-8 never has it
+    (tmp_path / "tokenizer.json").write_text(json.dumps(d))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    ours = D.load_tokenizer(tmp_path)
+    assert "tiktoken" not in ours.encode.__qualname__
+    agree(ours, d)
+
+
 def test_real_tokenizer_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         D.load_tokenizer(tmp_path)
@@ -1478,6 +1493,8 @@ def test_real_our_base_is_taken_up_again(finished, tmp_path):
     run = F.prepare(F.parser().parse_args(tiny(tmp_path, "--init", str(tmp_path / "export" / "base"))))
     assert F.held_out(run, run.pretrained, run.test) == pytest.approx(results["loss"]["base"], abs=1e-6)
     assert run.flags.layer == 2 and len(set(run.flags.dims)) == 16
+    told = json.loads((tmp_path / "export" / "flags" / "generation_config.json").read_text())
+    assert told == {"eos_token_id": run.tok.end}
 
 
 def test_the_least_used_channels_are_found(prepared):
@@ -1641,6 +1658,7 @@ def test_real_two_processes_equal_one(prepared, tmp_path):
     (lambda folder: (folder / "config.json").write_text("[]"), "no whole model folder"),
     (lambda folder: (folder / "config.json").unlink(), "config.json"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"version https://git-lfs"), "no whole"),
+    (lambda folder: (folder / "tokenizer.json").write_bytes(b"version https://git-lfs"), "no whole model folder"),
     (lambda folder: rewrite(folder, lambda d: d.update(model_type="mamba")), "'mamba' is not one of"),
     (lambda folder: D.save_tokenizer(D.train_bpe([Path(D.__file__).read_text()], 400), folder), "400 ids"),
 ])
