@@ -528,7 +528,7 @@ def steering(run, model, base):
         result["suppress"] = stat([about(text, j) * (i not in text)
                                    for text, i, j in zip(found, a, b)])
     if run.data.words:      # a judge of words can tell several concepts, and what comes when
-        for size in (2, 3):
+        for size in range(2, min(3, K) + 1):
             sets = [random.Random(run.seed + i).sample(range(K), size) for i in range(len(p.neutral))]
             found = run.judge(write(run, model, p.neutral, hot(K, *zip(*sets))))
             result[f"compose{size}"] = stat([set(text) == set(s) for text, s in zip(found, sets)])
@@ -741,17 +741,26 @@ def main_job(run):
         "control_trajectory": [{key: point[key] for key in TRAJECTORY} for point in logs["control"]],
         "samples": samples(run, flags), "dims": dims,
     }
-    pictures = draw(run, logs, matrix, flags)
-    now = time.time()       # total: of this command, without what an earlier one trained
+    now = time.time()       # total: of this command, without what an earlier one trained, or pictures
     results["seconds"] = run.seconds | {"measure": now - measuring, "total": now - started}
-    write_file(run.out / "results.json", json.dumps(results, indent=1))
+    before = finished(run.out / "results.json")
+    results |= {"compare": before["compare"]} if "compare" in before else {}
+    D.save_tokenizer(run.tok, run.out)
     lines = [json.dumps({"model": name} | point) for name, log in logs.items() for point in log]
     write_file(run.out / "log.jsonl", "\n".join(lines) + "\n")
-    D.save_tokenizer(run.tok, run.out)
-    report(run, results, pictures)
+    write_file(run.out / "results.json", json.dumps(results, indent=1))
+    report(run, results, draw(run, logs, matrix, flags))
 
 
 TRAJECTORY = ("step", "stage", "lm_loss", "flag_loss", "intact", "blank", "conflict")
+
+
+def finished(path):
+    """The contents of a results.json; {} if there is no whole one: then it is measured anew."""
+    with contextlib.suppress(OSError, ValueError):
+        results = json.loads(path.read_text())
+        return results if "loss" in results else {}
+    return {}
 
 
 def write_file(path, text):
@@ -812,14 +821,17 @@ def save(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:    # torch's writer hides the one in the other
         beside.unlink(missing_ok=True)
-        raise Stop(f"{path} can't be written: {error.strerror}; what stood there before is whole")
+        why = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or "the disk refuses"
+        raise Stop(f"{path} can't be written: {why}; what stood there before is whole")
 
 
 def read_checkpoint(path, device):
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location=device, weights_only=True)
+        saved["settings"], saved["model"], saved["config"]      # else a KeyError
+        return saved
     except Exception as error:      # whatever a broken file makes of the unpickler
         raise Stop(f"{path} is no whole checkpoint of this program "
                    f"({type(error).__name__}); --fresh starts over")
@@ -848,8 +860,11 @@ def locked(run, fresh=False):
     except OSError as error:
         raise Stop(f"can't write to {run.out}: {error.strerror}; use --out DIR")
     if fresh and process()[0] == 0:
-        for file in (*run.out.glob("*.pt"), run.out / "results.json"):
-            file.unlink(missing_ok=True)
+        for name in ("results.json", *(f"{name}.pt" for name in (
+                "base", "flags", "control", "routing", "shuffled", "stage1", "token", "relearn-*",
+                *(f"{name}-*" for name in SWEEPS)))):
+            for file in run.out.glob(name):
+                file.unlink()
     agree(0)        # all wait until the old checkpoints are gone
     run.signals.clear()
     before = {sig: signal.signal(sig, lambda number, frame: run.signals.append(number))
@@ -864,10 +879,13 @@ def locked(run, fresh=False):
 
 def progress(line, end=True):
     """A line that the next one overwrites, in a terminal; elsewhere only the last ones are printed."""
-    if sys.stdout.isatty():
-        print("\r" + line.ljust(shutil.get_terminal_size().columns - 1), end="\n" if end else "", flush=True)
-    elif end:
-        print(line, flush=True)
+    try:
+        if sys.stdout.isatty():
+            print("\r" + line.ljust(shutil.get_terminal_size().columns - 1), end="\n" if end else "", flush=True)
+        elif end:
+            print(line, flush=True)
+    except BrokenPipeError:     # nobody reads on: the work goes on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def find_device():
@@ -941,7 +959,8 @@ def draw(run, logs, matrix, model):
     ax, ticks = axes[0, 0], range(len(names))
     image = ax.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="Blues")
     ax.set(xlabel="concept of the words that are written", ylabel="flag that is set", title="one flag, neutral prompt")
-    ax.set_xticks(ticks, names, rotation=90), ax.set_yticks(ticks, names)
+    plain = dict(parse_math=False, fontsize=8)      # a $ is a $
+    ax.set_xticks(ticks, names, rotation=90, **plain), ax.set_yticks(ticks, names, **plain)
     fig.colorbar(image, label="share of concept words")
     keep(fig, "matrix.png")
 
@@ -953,7 +972,7 @@ def draw(run, logs, matrix, model):
         own = streams(model, torch.tensor([ids], device=run.device))[run.flags.layer - 1][0, 1:]
         ax.imshow(own[:, run.flags.dims].T.cpu().numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
         ax.axvline(len(row.prompt) - 2.5, color="C3", lw=1)
-        ax.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8), ax.set_yticks(ticks, names, fontsize=8)
+        ax.set_xticks(range(len(tokens)), tokens, rotation=90, **plain), ax.set_yticks(ticks, names, **plain)
     axes[0, 0].set_title("the model's own flags, token by token (red: the text begins)")
     keep(fig, "tokens.png")
     return paths
@@ -1057,7 +1076,11 @@ STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 def compare(run):
     """All baselines at equal data and steps from the same base; a table and a picture."""
-    if not (run.out / "results.json").exists():
+    mixed = random.Random(run.seed).sample(run.data.train, len(run.data.train))     # files are often sorted
+    own = choose(run, 2 * run.size.track, mixed)
+    if not own.cued:
+        raise Stop("no training example has a prompt and just one concept: nothing to choose strengths on")
+    if not finished(run.out / "results.json"):
         main_job(run)
     base, flags, control = train_all(run)[0]
     s, steps = run.size, run.size.produce + run.size.rely
@@ -1082,8 +1105,7 @@ def compare(run):
     if "token" in models:
         arms["control token"] = short(run, models["token"], base, by_control_token(run))
 
-    mixed = random.Random(run.seed).sample(run.data.train, len(run.data.train))     # files are often sorted
-    directions, own = means(run, control), choose(run, 2 * s.track, mixed)
+    directions = means(run, control)
     ways = {"difference of means": (control, lambda a: by_adding(run, directions, a)),
             "gradient routing": (models["routing"], lambda a: lambda ids, values: by_flags(
                 run, models["routing"])(ids, a * values))}
@@ -1096,17 +1118,20 @@ def compare(run):
         best = max(STRENGTHS, key=wins)
         arms[name] = strengths[name][best] | {"strength": best}
     path = run.out / "results.json"
-    write_file(path, json.dumps(json.loads(path.read_text()) | {"compare": arms}, indent=1))
+    write_file(path, json.dumps(finished(path) | {"compare": arms}, indent=1))
 
     columns = ("neutral", "conflict", "intact", "blank", "nll_gap", "loss")
     print("\n" + " " * 22 + "".join(f"{column:>10s}" for column in columns))
     for name, row in arms.items():
         cells = [row[c] if isinstance(row[c], (float, type(None))) else row[c]["mean"] for c in columns]
         print(f"{name:22s}" + "".join(" " * 9 + "-" if c is None else f"{c:10.3f}" for c in cells))
-    place = lambda rows: ([row["nll_gap"]["mean"] for row in rows], [row["conflict"]["mean"] for row in rows])
+    def place(rows):        # without a held-out text about the flagged concept there is no nll_gap
+        rows = [row for row in rows if row["nll_gap"]]
+        return [row["nll_gap"]["mean"] for row in rows], [row["conflict"]["mean"] for row in rows]
+
     lines = [(name, *place([row]), f"C{i}o") for i, (name, row) in enumerate(arms.items())]
     lines += [("_", *place(curve.values()), f"C{[*arms].index(name)}-") for name, curve in strengths.items()]
-    curves(run.out / "compare.png", [(lines, dict(
+    curves(run.out / "compare.png", [([line for line in lines if line[1]], dict(
         xlabel="nll_gap: how much less likely than real text (nats a token)", ylim=(-0.02, 1.02),
         ylabel="conflict: the text follows the flags", title="steering against the prompt"))])
     print(f"Wrote {run.out / 'results.json'}, {run.out / 'compare.png'}")
@@ -1289,11 +1314,13 @@ def seeds(args):
         one = argparse.Namespace(**vars(args) | {"seed": seed, "out": str(out / f"seed-{seed}")})
         run, path = prepare(one), out / f"seed-{seed}" / "results.json"
         with locked(run, args.fresh):
-            done = json.loads(path.read_text()) if path.exists() else {}
+            done = finished(path)
             if done:
                 load(run, run.out / "flags.pt")     # refuses those of other settings
             if not done or (args.compare and "compare" not in done):
                 (compare if args.compare else main_job)(run)
+            if run.signals:
+                raise Stop(f"stopped after seed {seed}; the same command goes on from there", 128 + max(run.signals))
         result = json.loads(path.read_text())
         result["loss"]["flags - control"] = result["loss"]["flags"] - result["loss"]["control"]
         results.append(leaves({key: result[key] for key in FIGURES if key in result}))
@@ -1748,8 +1775,10 @@ def export(args):
             D.save_tokenizer(tok, Path(args.export) / name)
             if not args.init:       # where transformers' generate looks for the end of a text
                 write_file(Path(args.export) / name / "generation_config.json", json.dumps({"eos_token_id": tok.end}))
-    except (ValueError, OSError, ImportError) as error:
-        raise Stop(str(error))
+    except Stop:
+        raise
+    except Exception as error:      # safetensors has errors of its own
+        raise Stop(f"--export {args.export}: {error}")
     print(f"Wrote {Path(args.export) / 'base'}, {Path(args.export) / 'flags'}")
 
 
@@ -1761,15 +1790,18 @@ def take_up(args):
     command = f"python flags.py --size {args.size}" + (
         "" if args.data == "stories" else f" --data {args.data}") + (
         f" --init {args.init}" if args.init else "") + (f" --out {args.out}" if args.out else "")
-    if not (out / "results.json").exists():
+    if not finished(out / "results.json"):
         raise Stop(f"{out} holds no finished run; make one with `{command}`")
     saved = read_checkpoint(out / "flags.pt", torch.device("cpu"))
-    with torch.device("meta"):      # spares the random initialization, and keeps bfloat16
-        model = GPT(Config(**saved["config"]))
-    model.load_state_dict(saved["model"], assign=True)
-    if model.config.tied:
-        model.head.weight = model.wte.weight
-    return model.eval(), D.load_tokenizer(out), saved["concepts"], Flags(**saved["flags"])
+    try:
+        with torch.device("meta"):      # spares the random initialization, and keeps bfloat16
+            model = GPT(Config(**saved["config"]))
+        model.load_state_dict(saved["model"], assign=True)
+        if model.config.tied:
+            model.head.weight = model.wte.weight
+        return model.eval(), D.load_tokenizer(out), saved["concepts"], Flags(**saved["flags"])
+    except Exception as error:      # whatever a broken file makes of its reader
+        raise Stop(f"{out} holds no whole run ({type(error).__name__}); `{command}` writes its files again")
 
 
 def steer_by_hand(args):
@@ -1787,10 +1819,11 @@ def steer_by_hand(args):
           f"its own, `quit` ends. Flags: {', '.join(names)}")
     on, off, prompt, seed = set(), set(), "", args.seed
     while (line := ask()) not in ("quit", "exit"):
-        switches = [word for word in line.split() if word[0] in "+-"]
+        words = [line] if line[1:] in names else line.split()       # a name may have spaces
+        switches = [word for word in words if word[0] in "+-"]
         if line == "free":
             on, off = set(), set()
-        elif switches and len(switches) == len(line.split()):
+        elif switches and switches == words:
             unknown = [word for word in switches if word[1:] not in names]
             if unknown:
                 print(f"there is no flag {unknown[0][1:]!r}")
@@ -1810,7 +1843,7 @@ def steer_by_hand(args):
 def ask():
     try:
         return input("> ").strip()
-    except EOFError:
+    except (EOFError, RuntimeError):     # closed before, or from the start
         return "quit"
 
 
@@ -1854,8 +1887,13 @@ def paint(text, lit):
 
 # ---------------------------------------------------------------------------- the command line
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"flags.py: {message}; -h explains all options\n")
+
+
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", choices=[size for size in SIZES if "-" not in size], default="small",
                    help="tiny: seconds, to try things; small: minutes on a laptop; medium, large: one GPU "
                    "(default: small)")
@@ -1893,14 +1931,14 @@ def parser():
                    "(to out/bench.json)")
     job.add_argument("--steer", nargs="?", const="", metavar="PROMPT", help="write with a finished run's "
                    "model, its flags free and set; without PROMPT and flags: an interactive loop")
-    p.add_argument("--on", nargs="+", default=[], metavar="FLAG", help="with --steer: set to 1")
-    p.add_argument("--off", nargs="+", default=[], metavar="FLAG", help="with --steer: set to 0")
+    p.add_argument("--on", nargs="+", action="extend", default=[], metavar="FLAG", help="with --steer: set to 1")
+    p.add_argument("--off", nargs="+", action="extend", default=[], metavar="FLAG", help="with --steer: set to 0")
     return p
 
 
 def natural(text, least=0):
     number = int(text)
-    if number < least:
+    if not least <= number < 2 ** 63:
         raise ValueError
     return number
 
@@ -1923,13 +1961,20 @@ def positive(text):
 def main(argv=None):
     args = parser().parse_args(argv)
     keep_memory()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:        # torchrun started several of this process
+    for stream in filter(None, (sys.stdin, sys.stdout)):
+        with contextlib.suppress(AttributeError):       # not a terminal's, nor a file's
+            stream.reconfigure(errors="replace")
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    if dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:      # torchrun started several of these
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=datetime.timedelta(days=1))     # others wait while 0 measures
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")      # rank 0 alone speaks
     try:
+        for name in ("data", "init", "export", "out"):
+            if getattr(args, name) == "":
+                raise Stop(f"--{name} is empty")
         if args.steer is None and (args.on or args.off):
             raise Stop("--on and --off go with --steer")
         if ((args.lr or args.train) and not args.init) or (args.bench and args.init) or len(args.lr or []) > 2:
@@ -1963,6 +2008,12 @@ def main(argv=None):
         if process()[0] == 0:
             print(f"flags.py: {stop}", file=sys.stderr)
         return stop.status
+    except KeyboardInterrupt:
+        print("flags.py: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OSError as error:
+        print(f"flags.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -225,7 +225,7 @@ class GPT(nn.Module):
         angles = rotary(self.config, pos, past + idx.size(1)) if self.config.rope else None
         x = self.wte(idx)                                                       # (B, T, C)
         if angles is None:
-            x = x + self.wpe(pos)
+            x = x + self.wpe(pos.clamp(max=self.config.context - 1))    # beyond: see `generate`
         if torch.is_autocast_enabled(idx.device.type):      # half the memory traffic
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         for layer, block in enumerate(self.blocks, start=1):
@@ -261,7 +261,8 @@ class GPT(nn.Module):
         if min(map(len, prompts)) == 0 or longest > self.config.context:
             raise ValueError(f"a prompt has {longest if all(prompts) else 0} tokens; "
                              f"this model takes 1 to {self.config.context}")
-        n = min(n, self.config.context - longest + 1)
+        room = [self.config.context - len(p) + 1 for p in prompts]      # each row's own: what a
+        n = min(n, max(room))                                           # longer one writes beyond is cut
         pad = torch.tensor([longest - len(p) for p in prompts], device=device)
         idx = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
         cache, first, new = Cache(self.config.n_layer, longest + n, pad), idx, []
@@ -278,7 +279,7 @@ class GPT(nn.Module):
                 ended |= idx[:, 0] == stop
                 if ended.all():
                     break
-        rows = torch.cat(new, dim=1).tolist()
+        rows = [row[:most] for row, most in zip(torch.cat(new, dim=1).tolist(), room)]
         return [row[:row.index(stop)] if stop in row else row for row in rows]
 
     @classmethod

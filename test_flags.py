@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,8 @@ def test_generation_stops_and_fits(model):
     for row, whole in zip(model.generate(PROMPTS, 20, temperature=0, stop=stop), free):
         assert row == (whole[:whole.index(stop)] if stop in whole else whole)
     assert len(model.generate([[1] * 38], 99)[0]) == 3      # 38 + 2 are read, the last is only written
+    long, short = model.generate([[1] * 38, [2]], 99, temperature=0)    # each row has room of its own
+    assert len(long) == 3 and short == model.generate([[2]], 99, temperature=0)[0] and len(short) == 40
     for bad in ([], [1] * 41):
         with pytest.raises(ValueError, match="1 to 40"):
             model.generate([bad], 3)
@@ -564,6 +567,46 @@ def test_seeds_refuse_what_other_settings_left(finished, tmp_path, capsys):
     assert "flags was 16 and is now 8" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("spoil", [
+    lambda run: (run / "tokenizer.json").unlink(), lambda run: torch.save({"a": 1}, run / "flags.pt"),
+    lambda run: (run / "results.json").write_text('{"loss": '), lambda run: (run / "tokenizer.json").write_text("{")])
+def test_steering_in_a_damaged_folder(finished, tmp_path, spoil, capsys):
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    spoil(tmp_path / "run")
+    assert F.main(tiny(tmp_path, "--steer", "hello")) == 2
+    error = capsys.readouterr().err
+    assert "no " in error and error.count("\n") == 1
+
+
+def test_measuring_again_keeps_the_comparison(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"compare": {"flags": 1}}))
+    assert F.main(tiny(tmp_path)) == 0
+    again = json.loads(path.read_text())
+    assert again["compare"] == {"flags": 1} and again["steer"] == finished[1]["steer"]
+
+
+def test_nobody_reads_the_output(monkeypatch):
+    class Closed:
+        isatty = lambda self: False
+
+        def write(self, text):
+            raise BrokenPipeError
+    calls = []
+    monkeypatch.setattr(os, "dup2", lambda *args: calls.append(args))
+    monkeypatch.setattr(sys, "stdout", Closed())
+    F.progress("a line")
+    assert len(calls) == 1
+
+
+def test_dollars_are_dollars(prepared, tmp_path):
+    F.draw(dataclasses.replace(prepared, out=tmp_path, data=dataclasses.replace(
+        prepared.data, concepts=[f"${i}$^" for i in range(16)])), {name: [dict.fromkeys(
+            (*F.TRAJECTORY, "train_loss"), 1.0)] for name in ("base", "flags", "control")},
+        torch.eye(16), F.new_model(prepared))
+
+
 def test_no_git_is_no_error(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert F.commit() is None
@@ -592,7 +635,7 @@ def test_steering_from_the_command_line(finished, capsys):
 
 def test_the_interactive_loop(finished, capsys, monkeypatch):
     folder, _ = finished
-    typed = iter(["Mia woke up early.", "+sea -space", "+nothing", "free", "word " * 200, "quit"])
+    typed = iter(["Mia woke up early.", "+sea -space", "+nothing", "free", "", "+", "word " * 200, "quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert F.main(tiny(folder, "--steer")) == 0
     shown = capsys.readouterr().out
@@ -613,6 +656,7 @@ def test_bad_steering(finished, capsys, more, message):
 @pytest.mark.parametrize("more, message", [
     (["--steer", "x"], "holds no finished run"),
     (["--on", "sea"], "go with --steer"),
+    (["--export", ""], "--export is empty"),
     (["--seeds", "2", "--sweep", "layer"], "--seeds goes with"),
     (["--data", "nonsense"], "no data called"),
     (["--data", "missing.jsonl"], "missing.jsonl"),
@@ -625,11 +669,11 @@ def test_bad_command_lines(tmp_path, capsys, more, message):
 
 
 @pytest.mark.parametrize("more", [["--size", "huge"], ["--seeds", "0"], ["--seed", "-1"], ["--seed", "x"], ["--flags", "x"],
-                                  ["--compare", "--probe"], ["--steer", "x", "--export", "y"]])
+                                  ["--compare", "--probe"], ["--seed", "9" * 20], ["--steer", "x", "--export", "y"]])
 def test_bad_options(more, capsys):
     with pytest.raises(SystemExit) as stop:
         F.main(more)
-    assert stop.value.code == 2
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.fixture
@@ -657,6 +701,10 @@ def test_measuring_does_not_change_training(train_tiny, tmp_path):
     assert equal(train_tiny(tmp_path / "a", every=100), train_tiny(tmp_path / "b", every=3))
 
 
+class Killed(BaseException):
+    """What no handler of ours takes."""
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(train_tiny, tmp_path, monkeypatch):
     whole = train_tiny(tmp_path / "whole")
     monkeypatch.setattr(F, "CHECKPOINT_SECONDS", 0)
@@ -664,12 +712,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(train_tiny, tmp_path, monkeypatch
 
     def die_sometimes(*args):
         if chance.random() < 0.1:
-            raise RuntimeError("killed")
+            raise Killed
         return real(*args)
 
     def die_in_a_write(*args):
         if chance.random() < 0.1:
-            raise RuntimeError("killed")
+            raise Killed
         return real_replace(*args)
     monkeypatch.setattr(F, "lm_loss", die_sometimes)
     monkeypatch.setattr(os, "replace", die_in_a_write)
@@ -678,7 +726,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(train_tiny, tmp_path, monkeypatch
         try:
             assert equal(train_tiny(tmp_path / "often"), whole)
             break
-        except RuntimeError:
+        except Killed:
             deaths += 1
             assert deaths < 100
     assert deaths > 2
@@ -781,9 +829,16 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     def full(*args):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(F.Stop, match="No space left"):
-        F.save(tmp_path / "x.pt", {"a": 2})
+
+    def hidden(*args):          # as torch's writer does
+        try:
+            full()
+        except OSError:
+            raise RuntimeError("unexpected pos")
+    for place, function in ((os, "fsync"), (torch, "save")):
+        with monkeypatch.context() as patch, pytest.raises(F.Stop, match="No space left"):
+            patch.setattr(place, function, full if place is os else hidden)
+            F.save(tmp_path / "x.pt", {"a": 2})
     assert torch.load(tmp_path / "x.pt", weights_only=True) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
@@ -795,10 +850,10 @@ def test_two_runs_into_one_folder(prepared, tmp_path):
 
 
 def test_fresh_leaves_no_old_model(prepared, tmp_path):
-    for name in ("base.pt", "routing.pt", "results.json"):
+    for name in ("base.pt", "routing.pt", "layer-2.pt", "relearn-flags.pt", "results.json", "mine.pt"):
         (tmp_path / name).write_text("old")
     with F.locked(dataclasses.replace(prepared, out=tmp_path), fresh=True):
-        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "mine.pt"]
 
 
 def test_a_folder_that_cannot_be_written(prepared, tmp_path):
