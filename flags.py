@@ -1863,7 +1863,7 @@ def show(model, tok, names, flags, prompt, on, off, seed, count=3):
     print(f"\nprompt: {prompt or '(none)'}")
     print("the model's own flags: " + "  ".join(
         paint(f"{name} {value:.2f}", value > 0.5) for name, value in zip(names, own)
-        if abs(value) > 0.1) )
+        if abs(value) > 0.1))
     views = {"flags free": None}
     if on or off:
         set_to = [name for name, value in zip(names, values) if value]
