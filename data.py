@@ -519,7 +519,7 @@ def with_tiktoken(spec: dict, vocab: dict[str, int], added: dict[str, int]):
     model, normalizer, cuts = spec["model"], spec.get("normalizer"), list_cuts(spec)
     odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     if (model.get("type", "BPE") != "BPE" or any(model.get(key) for key in odd) or cuts is None
-            or normalizer not in (None, {"type": "NFC"}) or not BYTES.keys() <= vocab.keys()
+            or normalizer not in (None, {"type": "NFC"})
             or not BYTES.keys() >= set("".join(vocab.keys() - added.keys()))):
         return None
     unions = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
@@ -528,9 +528,11 @@ def with_tiktoken(spec: dict, vocab: dict[str, int], added: dict[str, int]):
     if made != sorted(made) or any(t[:i] in vocab and t[i:] in vocab for t in loose for i in range(1, len(t))):
         return None
     to_bytes = lambda token: bytes(BYTES[letter] for letter in token)
+    known, lacking = BYTES.keys() & vocab.keys(), to_bytes(BYTES.keys() - vocab.keys())
+    pattern = rf"{cuts[-1]}|(?:(?!{cuts[-1]})[\s\S])+"
     encoding = tiktoken.Encoding(
-        "folder", pat_str=rf"{cuts[-1]}|(?:(?!{cuts[-1]})[\s\S])+", special_tokens={},
-        mergeable_ranks={to_bytes(token): vocab[token] for token in loose.union(unions, BYTES)})
+        "folder", pat_str=pattern, special_tokens={},
+        mergeable_ranks={to_bytes(token): vocab[token] for token in loose.union(unions, known)})
     tokens = {id: to_bytes(token) for token, id in vocab.items() if token not in added}
     tokens |= {id: token.encode() for token, id in added.items()}
 
@@ -539,6 +541,10 @@ def with_tiktoken(spec: dict, vocab: dict[str, int], added: dict[str, int]):
         pieces = [text]
         for cut in cuts[:-1]:
             pieces = [part for piece in pieces for part in regex.split(f"({cut})", piece)]
+        if lacking:     # SmolLM2's vocabulary lacks a few: they are dropped before pairs are joined
+            pieces = [match[0].encode("utf-8", "replace").translate(None, lacking)
+                      for piece in pieces for match in regex.finditer(pattern, piece)]
+            return [id for piece in pieces if piece for id in encoding._encode_single_piece(piece)]
         return [id for piece in pieces for id in encoding.encode_ordinary(piece)]
 
     def decode(sequence):
