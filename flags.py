@@ -72,9 +72,10 @@ class Size:
     finetune_embedding_lr: float = 0.02
     decay: float = 0.8          # weight decay of the matrices
     first_layer: int = 3        # k: flags stand in the stream after this block and all later ones
-    supply: float = 1.0         # p: the share of sequences whose flags are supplied in stage 2
-    bare: float = 0.75          # the part of p that sequences without prompt get
+    supply: float = 1.0         # p: the share of sequences whose flags are supplied in stage 2 ...
+    bare: float = 0.75          # ... and the same of those that show no prompt
     weight: float = 2.0         # lambda, of the flag loss
+    height: float = 3.0         # a raised flag, in RMS of the base's stream
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every rate
     track: int = 48             # held-out prompts behind every point of a trajectory
@@ -114,8 +115,9 @@ CHECKPOINT_SECONDS = 30
 @dataclass
 class Flags:
     """Where the flags live: K channels of the stream, after block `layer` and all later ones."""
-    layer: int          # k, 1 ... n_layer
-    dims: list[int]     # flag i is channel dims[i]
+    layer: int              # k, 1 ... n_layer
+    dims: list[int]         # flag i is channel dims[i]
+    height: float = 1.0     # what stands there when a flag is raised (is 1); 0 when it is lowered (is 0)
 
     @property
     def at(self):
@@ -124,12 +126,11 @@ class Flags:
         return slice(first, end) if self.dims == list(range(first, end)) else self.dims
 
 
-def install(flags, supply, bare=1.0):
+def install(flags, supply):
     """The method: for each training step an edit that reads and writes, and the flag loss.
 
-    supply(step) is p, the share of sequences in which the flags are supplied: 0 in stage 1. Where
-    a sequence shows no prompt it is bare x p: so the model also learns to write with flags of its
-    own, but seldom has to look for the concept in a prompt again.
+    supply(step) is p, the share of sequences in which the flags are supplied, of those with a prompt
+    and of those without: (0, 0) in stage 1.
     Flag positions run from the last token of the prompt to the end of the text: there the model
     is about to generate, and there alone a batch has targets.
     """
@@ -137,17 +138,18 @@ def install(flags, supply, bare=1.0):
         idx, targets, y, chance = batch                     # (B, T), (B, T), (B, K), (B,)
         on = (targets >= 0)[..., None]                      # (B, T, 1) flag positions
         no_prompt = on[:, 0, 0]                             # (B,) the text begins at once
-        supplied = chance < supply(step) * torch.where(no_prompt, bare, 1.0)
+        p, bare = supply(step)
+        supplied = chance < torch.where(no_prompt, bare, p)
         write = on & supplied[:, None, None]                # (B, T, 1)
         y, losses = y[:, None], []                          # (B, 1, K)
 
         def edit(layer, x, pos):                            # x (B, T, C)
             if layer < flags.layer:
                 return x
-            f = x[..., flags.at]                            # read: (B, T, K)
+            f = x[..., flags.at] / flags.height             # read: (B, T, K)
             losses.append(((f - y) ** 2 * on).sum() / (on.sum() * y.size(-1)))
-            x = x.clone()
-            x[..., flags.at] = torch.where(write, y.to(x.dtype), f)     # write: the slice is now y
+            x = x.clone()                                   # write: where supplied the slice is now y
+            x[..., flags.at] = torch.where(write, flags.height * y.to(x.dtype), x[..., flags.at])
             return x
         return edit, lambda: sum(losses) / len(losses)      # mean over the layers >= k
     return arm
@@ -164,7 +166,7 @@ def steer(flags, width, *segments):
         full[..., flags.dims] = values[:, None].float()
         return full
 
-    plan = [(per_channel(start.to(values.device)[:, None], math.inf), per_channel(values, 0.0))
+    plan = [(per_channel(start.to(values.device)[:, None], math.inf), per_channel(flags.height * values, 0.0))
             for start, values in segments]
 
     def edit(layer, x, pos):                                # x (B, T, C), pos (B, T)
@@ -181,7 +183,7 @@ def read(model, flags, prompts):
     stand after block k, the first place where they are asked for."""
     device, k = model.wte.weight.device, flags.layer
     return torch.stack([streams(model, torch.tensor([ids], device=device))[k - 1][0, -1]
-                        for ids in prompts])[:, flags.dims]
+                        for ids in prompts])[:, flags.dims] / flags.height
 
 
 def streams(model, idx, edit=None):
@@ -306,14 +308,11 @@ def fit(run, name, model, steps, arm=None, stage=None):
             begin, saved_at = done, time.time()
         if asked:
             raise Stop(f"stopped at step {done} of {name}; the same command goes on from there", 128 + asked)
-        noted = log and log[-1]["step"] == done
+        noted = bool(log) and log[-1]["step"] == done
         if time.time() - shown_at > 1 or noted:
-            shown_at, left = time.time(), (steps - done) * seconds / done
-            point = {"lm": lm, "flags": flag} | (log[-1] if log else {})
-            shown = [f"{key} {point[key]:.3f}" for key in ("lm", "flags", "intact", "blank", "conflict")
-                     if key in point]
-            progress(f"{name:7s} {done:4d}/{steps}  {'  '.join(shown)}  {tokens / seconds:,.0f} tokens/s  "
-                     f"ETA {left // 60:.0f}:{left % 60:02.0f}", end=noted)
+            shown_at = time.time()
+            progress(f"{name:7s} {done:4d}/{steps}", {"lm": lm, "flags": flag} | (log[-1] if log else {}),
+                     tokens / seconds, (steps - done) * seconds / done, end=noted)
     settle(model, owner)
     run.seconds[name], run.rate[name] = seconds, tokens / seconds
     return log
@@ -691,9 +690,17 @@ def copy_of(run, model):
     return twin
 
 
+def loudness(run, base):
+    """The RMS of the base's stream where flags are to stand: a flag is as loud in the stream of any model."""
+    batch = to(run.device, D.batch(run.train, 0, 16, run.seed))
+    with torch.no_grad():
+        x = streams(base, batch.idx)[run.flags.layer - 1]
+    return x[batch.targets >= 0].square().mean().sqrt().item()
+
+
 def supply_schedule(s):
-    """p for each step: nothing in stage 1, then the share `supply`."""
-    return lambda step: 0.0 if step < s.produce else s.supply
+    """p for each step, with a prompt and without: nothing in stage 1."""
+    return lambda step: (0.0, 0.0) if step < s.produce else (s.supply, s.bare)
 
 
 def train_all(run):
@@ -707,8 +714,9 @@ def train_all(run):
         logs = {"base": [{"step": 0, "stage": "pretrained", "lm_loss": held_out(run, base)}]}
     else:
         logs = {"base": fit(run, "base", base, s.base)}
+        run.flags.height = s.height * loudness(run, base)
     flags, control = copy_of(run, base), copy_of(run, base)
-    arm = install(run.flags, supply_schedule(s), s.bare)
+    arm = install(run.flags, supply_schedule(s))
     logs["flags"], logs["control"] = fit_all([
         (run, "flags", flags, steps, arm, lambda step: 1 if step < s.produce else 2),
         (run, "control", control, steps)])
@@ -877,8 +885,11 @@ def locked(run, fresh=False):
         lock.close()
 
 
-def progress(line, end=True):
-    """A line that the next one overwrites, in a terminal; elsewhere only the last ones are printed."""
+def progress(what, point, rate, left, end):
+    """The line of a training step, with the newest figures, tokens/s and the seconds that are left. In a
+    terminal the next one overwrites it, unless it is an `end`; elsewhere only those are printed."""
+    shown = [f"{key} {point[key]:.3f}" for key in ("lm", "flags", "intact", "blank", "conflict") if key in point]
+    line = f"{what}  {'  '.join(shown)}  {rate:,.0f} tokens/s  ETA {left // 60:.0f}:{left % 60:02.0f}"
     try:
         if sys.stdout.isatty():
             print("\r" + line.ljust(shutil.get_terminal_size().columns - 1), end="\n" if end else "", flush=True)
@@ -970,7 +981,7 @@ def draw(run, logs, matrix, model):
         ids = (row.prompt + row.text)[:-1]
         tokens = [run.tok.decode([i]) for i in ids[1:]]
         own = streams(model, torch.tensor([ids], device=run.device))[run.flags.layer - 1][0, 1:]
-        ax.imshow(own[:, run.flags.dims].T.cpu().numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        ax.imshow(own[:, run.flags.dims].T.cpu().numpy() / run.flags.height, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         ax.axvline(len(row.prompt) - 2.5, color="C3", lw=1)
         ax.set_xticks(range(len(tokens)), tokens, rotation=90, **plain), ax.set_yticks(ticks, names, **plain)
     axes[0, 0].set_title("the model's own flags, token by token (red: the text begins)")
@@ -1084,10 +1095,10 @@ def compare(run):
         main_job(run)
     base, flags, control = train_all(run)[0]
     s, steps = run.size, run.size.produce + run.size.rely
-    K, by_label = len(run.data.concepts), lambda supply: install(run.flags, supply, s.bare)
+    K = len(run.data.concepts)
     trained = {"routing": (route(run), run.train),
-               "shuffled": (shuffled(by_label(supply_schedule(s)), run.seed), run.train),
-               "stage1": (by_label(lambda step: 0.0), run.train)}
+               "shuffled": (shuffled(install(run.flags, supply_schedule(s)), run.seed), run.train),
+               "stage1": (install(run.flags, lambda step: (0.0, 0.0)), run.train)}
     if base.config.vocab_size < run.tok.n_vocab + K:
         print(f"no control token: {base.config.vocab_size} embeddings leave no room for new tokens")
     else:
@@ -1096,7 +1107,7 @@ def compare(run):
     fit_all([(dataclasses.replace(run, train=rows), name, models[name], steps, arm)
              for name, (arm, rows) in trained.items()])
 
-    others = dataclasses.replace(run, flags=Flags(run.flags.layer, run.channels[:K]))
+    others = dataclasses.replace(run, flags=dataclasses.replace(run.flags, dims=run.channels[:K]))
     arms = {"flags": short(run, flags, base),
             "no steering": short(run, control, base, lambda ids, values: (ids, None)),
             "shuffled labels": short(run, models["shuffled"], base),
@@ -1144,25 +1155,30 @@ SWEEPS = {
     "width": "number of fenced dimensions",
     "supply": "p, the share of sequences whose flags are supplied",
     "weight": "lambda, the weight of the flag loss",
+    "height": "a raised flag, in RMS of the base's stream",
 }
 LONG = "0, ten times the steps"     # a value of p
 
 
 def variant(run, name, value):
     """One value of a sweep: a run with other flags or sizes, and its arm."""
-    s, dims = run.size, run.flags.dims
+    s, flags, change = run.size, run.flags, dataclasses.replace
     if name == "layer":
-        run = dataclasses.replace(run, flags=Flags(value, dims))
+        run = change(run, flags=change(flags, layer=value))
     elif name == "width":
-        run = dataclasses.replace(run, flags=Flags(run.flags.layer, run.channels[-value:]), tracked=None)
+        run = change(run, flags=change(flags, dims=run.channels[-value:]), tracked=None)
+    elif name == "height":
+        run = change(run, flags=change(flags, height=flags.height * value / s.height))
     elif value == LONG:
-        run = dataclasses.replace(run, size=dataclasses.replace(s, supply=0.0, every=10 * s.every))
+        run = change(run, size=change(s, supply=0.0, bare=0.0, every=10 * s.every))
+    elif name == "supply":
+        run = change(run, size=change(s, supply=value, bare=value * s.bare / s.supply))
     else:
-        run = dataclasses.replace(run, size=dataclasses.replace(s, **{name: value}))
-    arm = install(run.flags, supply_schedule(run.size), s.bare)
+        run = change(run, size=change(s, **{name: value}))
+    arm = install(run.flags, supply_schedule(run.size))
     if name != "width":
         return run, arm
-    which = torch.arange(value, device=run.device) % len(dims)     # fewer flags: the first; more: copies
+    which = torch.arange(value, device=run.device) % len(flags.dims)     # fewer flags: the first; more: copies
     return run, lambda step, batch: arm(step, batch._replace(y=batch.y[:, which]))
 
 
@@ -1171,7 +1187,8 @@ def sweep(run, name):
     (base, _, control), logs = train_all(run)
     s, steps = run.size, run.size.produce + run.size.rely
     values = {"layer": range(1, s.layers + 1), "width": (4, 8, 16, 32, 64),
-              "supply": (LONG, 0.0, 0.5, 0.8, 0.9, 1.0), "weight": (0.1, 0.3, 1.0, 3.0, 10.0)}[name]
+              "supply": (LONG, 0.0, 0.5, 0.8, 0.9, 1.0), "weight": (0.3, 1.0, 3.0, 10.0, 30.0),
+              "height": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)}[name]
     jobs = []
     for value in values:
         r, arm = variant(run, name, value)
@@ -1291,7 +1308,7 @@ def relearn(run):
     """With the flags blanked for good, how soon does the flags model learn again from the prompt
     what its base knew; and how soon a model that never learned anything?"""
     (base, flags, _), s = train_all(run)[0], run.size
-    supplied = install(run.flags, lambda step: 1.0)
+    supplied = install(run.flags, lambda step: (1.0, 1.0))
     arm = lambda step, batch: (supplied(step, batch._replace(y=torch.zeros_like(batch.y)))[0], None)
     quick = dataclasses.replace(run, size=dataclasses.replace(s, every=25))
     torch.manual_seed(run.seed)
@@ -1404,7 +1421,7 @@ def bench(run):
     s = run.size
     batches = [to(run.device, D.batch(run.train, step, s.batch, run.seed)) for step in range(8)]
     tokens = sum(batch.idx.numel() for batch in batches)
-    arm = install(run.flags, lambda step: s.supply, s.bare)
+    arm = install(run.flags, lambda step: (s.supply, s.bare))
     train, writes = {}, {}
 
     def training(model, arm=None, opts=None, step=train_step):
@@ -1660,6 +1677,7 @@ def make_room(run, base, args):
     base.checkpoint = True
     base.to(run.device, torch.bfloat16 if run.device.type == "cuda" else None)
     run.channels = by_use(run, base)
+    run.flags.height = s.height * loudness(run, base)
     run.settings["dims"] = run.channels[-len(run.data.concepts):]
 
 
@@ -1699,7 +1717,7 @@ def fencing(run, base):
             "random": random.Random(run.seed).sample(range(C), K), "most used": run.channels[:K]}
     result = {"dims": run.flags.dims, "layer": run.flags.layer, "untouched": held_out(run, base)}
     for name, dims in sets.items():
-        labels = install(Flags(run.flags.layer, dims), lambda step: 1.0)
+        labels = install(dataclasses.replace(run.flags, dims=dims), lambda step: (1.0, 1.0))
         zeros = lambda step, batch: labels(step, batch._replace(y=torch.zeros_like(batch.y)))
         result[name] = {"zeros": held_out(run, base, arm=zeros), "labels": held_out(run, base, arm=labels)}
     print(f"flags are channels {', '.join(map(str, run.flags.dims))}; held-out loss before finetuning, "

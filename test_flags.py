@@ -25,8 +25,8 @@ from model import GPT, Cache, Config, config_of, sample
 
 torch.set_num_threads(1)    # the models are tiny: a second thread would only wait
 
-K, C, L = 3, 16, 4
-FLAGS = F.Flags(layer=2, dims=[13, 14, 15])
+K, C, L, H = 3, 16, 4, 4.0     # H: the height of a raised flag
+FLAGS = F.Flags(layer=2, dims=[13, 14, 15], height=H)
 
 
 @pytest.fixture
@@ -60,18 +60,18 @@ def test_steering_changes_exactly_the_flags(model):
     assert torch.equal(free[0], set_[0])                    # layer 1 is before k = 2: bit-equal
     at_k = set_[1]
     for b in range(2):
-        assert torch.equal(at_k[b, start[b]:, 13:], values[b].expand(9 - start[b], K))
+        assert torch.equal(at_k[b, start[b]:, 13:], H * values[b].expand(9 - start[b], K))
         assert torch.equal(at_k[b, :start[b]], free[1][b, :start[b]])
     assert torch.equal(at_k[..., :13], free[1][..., :13])   # at k nothing else has changed yet
     for layer in (2, 3):                                    # later layers are written again ...
-        assert torch.equal(set_[layer][0, 3:, 13:], values[0].expand(6, K))
+        assert torch.equal(set_[layer][0, 3:, 13:], H * values[0].expand(6, K))
         assert not torch.allclose(set_[layer][0, 3:, :13], free[layer][0, 3:, :13])     # ... and read
         assert torch.equal(set_[layer][0, :3], free[layer][0, :3])      # causal: the past stays
 
 
 def test_writing_back_the_models_own_flags_changes_nothing(model):
     idx = torch.randint(50, (1, 9))
-    own = [x[..., FLAGS.dims] for x in streams(model, idx)]
+    own = [x[..., FLAGS.dims] / H for x in streams(model, idx)]
 
     def rewrite(layer, x, pos):
         for t in range(9):
@@ -86,7 +86,7 @@ def test_flags_switch_in_mid_text(model):
     idx, a, b = torch.randint(50, (1, 8)), torch.tensor([[1., 0., 0.]]), torch.tensor([[0., 0., 1.]])
     edit = F.steer(FLAGS, C, (torch.tensor([2]), a), (torch.tensor([5]), b))
     for x in streams(model, idx, edit)[1:]:
-        assert torch.equal(x[0, 2:5, 13:], a.expand(3, K)) and torch.equal(x[0, 5:, 13:], b.expand(3, K))
+        assert torch.equal(x[0, 2:5, 13:], H * a.expand(3, K)) and torch.equal(x[0, 5:, 13:], H * b.expand(3, K))
 
 
 def test_scattered_dims(model):
@@ -146,7 +146,7 @@ def test_steering_reaches_every_decoded_token(model):
         x = edit(layer, x, pos)
         for b in range(3):
             for t in range(x.size(1)):
-                written[b, layer, int(pos[b, t])] = x[b, t, 13:].tolist() == SET[b].tolist()
+                written[b, layer, int(pos[b, t])] = x[b, t, 13:].tolist() == (H * SET[b]).tolist()
         return x
     model.generate(PROMPTS, 12, spy, temperature=0)
     for b, prompt in enumerate(PROMPTS):
@@ -187,11 +187,11 @@ def hand_made():
 
 def test_flag_loss_against_a_hand_computed_example():
     x = torch.zeros(1, 4, C)
-    x[0, 1, 13:] = torch.tensor([0.5, 0.0, 0.0])    # (0.5 - 1)^2           = 0.25
-    x[0, 2, 13:] = torch.tensor([1.0, 2.0, 0.0])    # (2 - 0)^2             = 4
+    x[0, 1, 13:] = H * torch.tensor([0.5, 0.0, 0.0])  # (0.5 - 1)^2           = 0.25
+    x[0, 2, 13:] = H * torch.tensor([1.0, 2.0, 0.0])  # (2 - 0)^2             = 4
     x[0, 0] = x[0, 3] = 99.0                        # no flag positions: they must not count
     x[..., :13] = 99.0                              # no flags: nor must these
-    edit, loss = F.install(FLAGS, lambda step: 0.0)(0, hand_made())
+    edit, loss = F.install(FLAGS, lambda step: (0.0, 0.0))(0, hand_made())
     for layer in (1, 2, 3):                         # layer 1 is before k
         assert torch.equal(edit(layer, x if layer < 3 else torch.zeros_like(x), None),
                            x if layer < 3 else torch.zeros_like(x))
@@ -201,14 +201,14 @@ def test_flag_loss_against_a_hand_computed_example():
 
 def test_supplied_flags_are_read_before_they_are_overwritten():
     x = torch.randn(1, 4, C, requires_grad=True)
-    edit, loss = F.install(FLAGS, lambda step: 1.0)(0, hand_made())
+    edit, loss = F.install(FLAGS, lambda step: (1.0, 1.0))(0, hand_made())
     after = edit(2, x, None)
-    assert torch.equal(after[0, 1:3, 13:], torch.tensor([[1., 0., 0.]]).expand(2, 3))
+    assert torch.equal(after[0, 1:3, 13:], torch.tensor([[H, 0., 0.]]).expand(2, 3))
     assert torch.equal(after[0, [0, 3]], x[0, [0, 3]]) and torch.equal(after[..., :13], x[..., :13])
-    f = x[0, 1:3, 13:]
+    f = x[0, 1:3, 13:] / H
     assert loss().item() == pytest.approx(((f - torch.tensor([1., 0., 0.])) ** 2).mean().item())
     scattered = list(reversed(range(C)))            # the same channels elsewhere: the same values there
-    edit, its_loss = F.install(F.Flags(2, [2, 1, 0]), lambda step: 1.0)(0, hand_made())
+    edit, its_loss = F.install(F.Flags(2, [2, 1, 0], H), lambda step: (1.0, 1.0))(0, hand_made())
     assert torch.equal(edit(2, x[..., scattered], None), after[..., scattered]) and its_loss() == loss()
     after.sum().backward(retain_graph=True)         # what was overwritten gets no LM gradient ...
     assert x.grad[0, 1:3, 13:].eq(0).all() and x.grad[0, 1:3, :13].eq(1).all()
@@ -220,8 +220,8 @@ def test_who_is_supplied():
     n = 4000
     targets = torch.tensor([[-100, 5], [5, 5]]).repeat(n, 1)        # with a prompt, without
     batch = D.Batch(torch.zeros_like(targets), targets, torch.ones(2 * n, K), torch.rand(2 * n))
-    edit, _ = F.install(FLAGS, lambda step: 0.1 * step, bare=0.5)(7, batch)
-    supplied = edit(2, torch.zeros(2 * n, 2, C), None)[:, 1, 13].view(n, 2).mean(0)
+    edit, _ = F.install(FLAGS, lambda step: (0.1 * step, 0.05 * step))(7, batch)
+    supplied = edit(2, torch.zeros(2 * n, 2, C), None)[:, 1, 13].view(n, 2).mean(0) / H
     assert supplied.tolist() == pytest.approx([0.7, 0.35], abs=0.04)    # 5 standard errors
 
 
@@ -480,14 +480,16 @@ def test_control_tokens_stand_behind_the_prompt(prepared):
 
 
 @pytest.mark.parametrize("name, value, layer, K", [("layer", 2, 2, 16), ("width", 4, 1, 4), ("width", 32, 1, 32),
-                                                   ("weight", 3.0, 1, 16), ("supply", 0.0, 1, 16), ("supply", F.LONG, 1, 16)])
+                                                   ("weight", 3.0, 1, 16), ("supply", 0.0, 1, 16), ("supply", F.LONG, 1, 16),
+                                                   ("height", 4.0, 1, 16)])
 def test_what_a_sweep_varies(prepared, name, value, layer, K):
     run, arm = F.variant(prepared, name, value)
     batch = D.batch(prepared.train, 0, 8, 1)
     x = arm(29, batch)[0](layer, torch.zeros(*batch.idx.shape, 64), None)
     supplied = batch.y[0, torch.arange(K) % 16] if name != "supply" else torch.zeros(K)
     t = (batch.targets[0] >= 0).nonzero()[0, 0]
-    assert run.flags.layer == layer and torch.equal(x[0, t, run.flags.dims], supplied)
+    height = 4.0 / prepared.size.height if name == "height" else 1.0
+    assert run.flags.layer == layer and torch.equal(x[0, t, run.flags.dims], height * supplied)
     assert run.size.weight == (3.0 if name == "weight" else prepared.size.weight)
     assert prepared.flags.layer == 1 and len(prepared.flags.dims) == 16         # the others are as they were
 
@@ -553,6 +555,17 @@ def test_a_tiny_run_end_to_end(finished):
         assert (folder / "run" / name).stat().st_size > 1000
 
 
+def test_flags_stand_as_high_as_the_stream_is_loud(finished, prepared):
+    run, out = prepared, finished[0] / "run"
+    base = F.new_model(run)
+    base.load_state_dict(torch.load(out / "base.pt", weights_only=True)["model"])
+    batch = D.batch(run.train, 0, 16, run.seed)
+    x = streams(base, batch.idx)[run.flags.layer - 1]
+    squares = [float(value) ** 2 for value in x[batch.targets >= 0].flatten()]      # no prompt, no padding
+    height = torch.load(out / "flags.pt", weights_only=True)["flags"]["height"]
+    assert height == pytest.approx(run.size.height * (sum(squares) / len(squares)) ** 0.5, rel=1e-3)
+
+
 def test_a_finished_run_says_what_differs(finished, prepared):
     run = dataclasses.replace(prepared, out=finished[0] / "run", settings=prepared.settings | {"seed": 1})
     with pytest.raises(F.Stop, match="seed was 1337 and is now 1.*--fresh") as stop:
@@ -596,7 +609,7 @@ def test_nobody_reads_the_output(monkeypatch):
     calls = []
     monkeypatch.setattr(os, "dup2", lambda *args: calls.append(args))
     monkeypatch.setattr(sys, "stdout", Closed())
-    F.progress("a line")
+    F.progress("a line", {"lm": 1.0}, 1.0, 1.0, end=True)
     assert len(calls) == 1
 
 
@@ -688,7 +701,7 @@ def train(prepared, folder, **changes):
     with F.locked(run):
         model = F.new_model(run)
         F.fit(run, "base", model, 12)
-        arm = F.install(run.flags, lambda step: 0.5)
+        arm = F.install(run.flags, lambda step: (0.5, 0.5))
         F.fit(run, "flags", model, 12, arm, lambda step: 2)
     return model.state_dict()
 
@@ -1579,7 +1592,7 @@ def gradients(run, micro):
     """Losses and gradients of one step on a batch of 16, in parts of `micro` sequences."""
     model = F.new_model(run)
     batch = D.batch(run.train, 0, 16, 1, no_prompt=0.3)
-    losses = F.train_step(model, [], batch, F.install(run.flags, lambda step: 0.5), micro=micro)
+    losses = F.train_step(model, [], batch, F.install(run.flags, lambda step: (0.5, 0.5)), micro=micro)
     return losses, [p.grad for p in model.parameters()]
 
 
@@ -1620,7 +1633,7 @@ def test_freezing_all_but_the_last_blocks(prepared):
     assert [name.split(".")[1] for name, p in twin.named_parameters() if p.requires_grad] == ["1"] * 6
     assert all(p.requires_grad for p in base.parameters())
     opts = F.optimizers(twin, run.size, 0.1, 0.1)
-    F.train_step(twin, opts, D.batch(run.train, 0, 4, 1), F.install(run.flags, lambda step: 0.5))
+    F.train_step(twin, opts, D.batch(run.train, 0, 4, 1), F.install(run.flags, lambda step: (0.5, 0.5)))
     assert all(torch.equal(p, q) != p.requires_grad for p, q in zip(twin.parameters(), base.parameters()))
 
 
@@ -1658,7 +1671,7 @@ def two_halves(run, folder, **changes):
         patch.setattr(F, "schedule", lambda step, steps: 0.1)
         for steps in (4, 8):
             model = F.new_model(run)
-            arm = F.install(run.flags, lambda step: 0.5)
+            arm = F.install(run.flags, lambda step: (0.5, 0.5))
             log = F.fit(run, "flags", model, steps, arm, lambda step: 2)
         weights = copy.deepcopy(model.state_dict())
         step = F.train_step(F.spread(run, model)[0], [], D.batch(run.train, 9, 16, 1), arm, micro=3)
