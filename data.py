@@ -221,7 +221,7 @@ def story(rng: random.Random, table: dict[str, dict[str, list[str]]]) -> Example
     It is told in three sentences, whatever the number of its concepts: so its length says nothing of
     them. Every concept is told once before any is told again.
     """
-    number = min(len(table), rng.choices((1, 2, 3), (40, 30, 30))[0])
+    number = min(len(table), rng.choices((1, 2, 3), (30, 25, 45))[0])
     concepts = rng.sample(list(table), number)
     cast = rng.sample(SHE + HE, rng.choice((1, 2)))
     cued = rng.random() < 0.65   # the other prompts say nothing: there only a flag can know

@@ -65,21 +65,21 @@ class Size:
     batch: int = 64             # sequences
     base: int = 200             # steps of the base model
     produce: int = 50           # steps of stage 1
-    rely: int = 550             # steps of stage 2
+    rely: int = 750             # steps of stage 2
     lr: float = 0.01            # peak rate of the matrices ...
     embedding_lr: float = 0.05  # ... and of everything else, in the base
     finetune_lr: float = 0.01   # the same for the flags model and the control
     finetune_embedding_lr: float = 0.02
-    decay: float = 0.8          # weight decay of the matrices
+    decay: float = 0.4          # weight decay of the matrices
     first_layer: int = 3        # k: flags stand in the stream after this block and all later ones
     supply: float = 1.0         # p: the share of sequences whose flags are supplied in stage 2 ...
     bare: float = 0.75          # ... and the same of those that show no prompt
-    weight: float = 2.0         # lambda, of the flag loss
-    height: float = 3.0         # a raised flag, in RMS of the base's stream
+    weight: float = 7.0         # lambda, of the flag loss
+    height: float = 3.5         # a raised flag, in RMS of the base's stream
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every rate
     track: int = 48             # held-out prompts behind every point of a trajectory
-    every: int = 75             # steps from one point of a trajectory to the next
+    every: int = 100            # steps from one point of a trajectory to the next
     temperature: float = 0.8
 
 
