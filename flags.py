@@ -65,17 +65,17 @@ class Size:
     batch: int = 64             # sequences
     base: int = 200             # steps of the base model
     produce: int = 50           # steps of stage 1
-    rely: int = 850             # steps of stage 2
+    rely: int = 750             # steps of stage 2
     lr: float = 0.01            # peak rate of the matrices ...
     embedding_lr: float = 0.05  # ... and of everything else, in the base
     finetune_lr: float = 0.01   # the same for the flags model and the control
     finetune_embedding_lr: float = 0.02
-    decay: float = 0.4          # weight decay of the matrices
+    decay: float = 0.3          # weight decay of the matrices
     first_layer: int = 3        # k: flags stand in the stream after this block and all later ones
     supply: float = 1.0         # p: the share of sequences whose flags are supplied in stage 2 ...
     bare: float = 0.75          # ... and the same of those that show no prompt
-    weight: float = 7.0         # lambda, of the flag loss
-    height: float = 3.5         # a raised flag, in RMS of the base's stream
+    weight: float = 6.0         # lambda, of the flag loss
+    height: float = 3.0         # a raised flag, in RMS of the base's stream
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every rate
     track: int = 48             # held-out prompts behind every point of a trajectory
@@ -90,8 +90,8 @@ SIZES = {
     # minutes on a laptop
     "small": Size(),
     "small-wordnet": Size(vocab=4080, batch=128, context=64, base=300, produce=50, rely=1250, decay=0.5,
-                          first_layer=2, supply=0.9, bare=1.0, no_prompt=0.5, prompts=1024, track=128,
-                          every=100),
+                          first_layer=2, supply=0.75, bare=1.0, weight=20.0, height=2.0, no_prompt=0.5,
+                          prompts=1024, track=128, every=100),
     # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
                    rely=1500, lr=0.005, finetune_lr=0.005, first_layer=5),
