@@ -97,6 +97,12 @@ def test_scattered_dims(model):
     assert x[0, :, 7].eq(1).all() and x[0, :, 0].eq(2).all() and x[0, :, 4].eq(3).all()
 
 
+def test_flags_are_read_at_the_last_token_after_block_k(model):
+    for prompt, own in zip(PROMPTS, F.read(model, FLAGS, PROMPTS)):
+        x = streams(model, torch.tensor([prompt]))[FLAGS.layer - 1]
+        assert torch.allclose(own * H, x[0, -1, 13:], atol=1e-6)
+
+
 def test_values_need_not_be_where_the_stream_is():
     edit = F.steer(FLAGS, C, (torch.tensor([0]), torch.ones(1, K)))
     x = torch.zeros(1, 4, C, device="meta", dtype=torch.bfloat16)
