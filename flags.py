@@ -621,6 +621,7 @@ class Run:
     micro: int = None           # sequences in one forward, None: the whole batch
     top: int = None             # blocks that are finetuned, None: everything
     shard: bool = False         # under torchrun: FSDP2, not DDP
+    tight: bool = False         # memory is no plenty: one training at a time
     signals: list = field(default_factory=list)     # Ctrl-C or SIGTERM came: stop after this step
     seconds: dict = field(default_factory=dict)
     rate: dict = field(default_factory=dict)        # tokens a second
@@ -981,7 +982,8 @@ def draw(run, logs, matrix, model):
         ids = (row.prompt + row.text)[:-1]
         tokens = [run.tok.decode([i]) for i in ids[1:]]
         own = streams(model, torch.tensor([ids], device=run.device))[run.flags.layer - 1][0, 1:]
-        ax.imshow(own[:, run.flags.dims].T.cpu().numpy() / run.flags.height, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        own = own[:, run.flags.dims].T.cpu().numpy() / run.flags.height
+        ax.imshow(own, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         ax.axvline(len(row.prompt) - 2.5, color="C3", lw=1)
         ax.set_xticks(range(len(tokens)), tokens, rotation=90, **plain), ax.set_yticks(ticks, names, **plain)
     axes[0, 0].set_title("the model's own flags, token by token (red: the text begins)")
@@ -1518,12 +1520,13 @@ def fit_all(jobs):
     """fit(*job) for each job, and their logs.
 
     For models of this size one CPU thread for each of two trainings does more than two threads for
-    one. So as many jobs as there are threads go on at once, each in a forked process with one; what
-    reaches the last lines here is finished, or was stopped, or fails once more and says why.
+    one. So, where memory is plenty, as many jobs as there are threads go on at once, each in a forked
+    process with one; what reaches the last lines here is finished, or was stopped, or fails once more
+    and says why.
     """
     run, threads = jobs[0][0], torch.get_num_threads()
     forks = run.device.type == "cpu" and sys.platform == "linux" and not dist.is_initialized()
-    at_once = min(threads, len(jobs)) if forks and not run.pretrained else 1
+    at_once = min(threads, len(jobs)) if forks and not run.tight else 1
 
     def child(job):
         torch.set_num_threads(1)        # more would hang: OpenMP does not survive a fork
@@ -1763,7 +1766,8 @@ def fit_memory(run, model):
     if run.shard:
         plan = needs(model, rows, length, run.top, N)
     GB = lambda need: f"{need / 1e9:.1f} GB"
-    if sum(plan.values()) < room / 10:      # no news
+    run.tight = sum(plan.values()) > room / 10
+    if not run.tight:       # no news
         return
     print(f"memory: {GB(sum(plan.values()))} of {GB(room)} on each device, reckoned: "
           + ", ".join(f"{what} {GB(need)}" for what, need in plan.items())

@@ -800,6 +800,17 @@ def test_trainings_at_once_are_those_one_by_one(prepared, tmp_path, monkeypatch)
     assert len(set(pids)) == 3 and pids.count(str(here)) == 5      # steps 7 to 11 of the one killed
 
 
+def test_where_memory_is_tight_one_trains_at_a_time(prepared, tmp_path, monkeypatch):
+    run = dataclasses.replace(prepared, out=tmp_path)
+    real = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: 10_000 if name == "SC_PHYS_PAGES" else real(name))   # 41 MB
+    F.fit_memory(run, F.new_model(run))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(F.multiprocessing, "get_context", lambda kind: pytest.fail("it forked"))
+    with F.locked(run):
+        F.fit_all([(run, name, F.new_model(run), 1) for name in ("one", "other")])
+
+
 def test_sigterm_reaches_the_trainings_at_once(prepared, tmp_path, monkeypatch):
     run, real, here = dataclasses.replace(prepared, out=tmp_path), D.batch, os.getpid()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
