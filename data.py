@@ -291,7 +291,8 @@ LEXNAMES = {"animal": 5, "plant": 20, "food": 13, "body": 8, "artifact": 6, "loc
 
 
 def load_wordnet(flags: int) -> Data:
-    """Noun senses of WordNet (Fellbaum 1998): "lemma:" -> its definition, one category each.
+    """Noun senses of WordNet (Fellbaum 1998): "lemma:" -> its definition, one category each. The lemmas
+    of a synset share its definition.
 
     The categories are the lexicographer files, numbered in lexnames(5WN); the format of data.noun
     is described in wndb(5WN): `offset lex_filenum ss_type w_cnt word lex_id ... | gloss`.
@@ -304,9 +305,10 @@ def load_wordnet(flags: int) -> Data:
         if line.startswith("  ") or len(fields) < 6 or fields[1] not in category:
             continue   # the licence stands at the top, indented
         definition = line.partition(" | ")[2].partition('; "')[0].strip()   # without its examples
+        lemmas = line.split(" ")[4:4 + 2 * int(fields[3], 16):2]
         if definition:
-            lemma = fields[4].replace("_", " ")
-            examples.append(Example(f"{lemma}:", definition, (category[fields[1]],)))
+            examples += [Example(lemma.replace("_", " ") + ":", definition, (category[fields[1]],))
+                         for lemma in lemmas]
     return Data("wordnet", concepts, *split(examples, train=62, judge=33), None)
 
 

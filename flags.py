@@ -79,7 +79,7 @@ class Size:
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every rate
     track: int = 48             # held-out prompts behind every point of a trajectory
-    every: int = 100            # steps from one point of a trajectory to the next
+    every: int = 100            # steps from one point of a trajectory to the next; one more ends stage 1
     temperature: float = 0.8
 
 
@@ -90,7 +90,7 @@ SIZES = {
     # minutes on a laptop
     "small": Size(),
     "small-wordnet": Size(vocab=4080, batch=128, context=64, base=300, produce=50, rely=1250, decay=0.5,
-                          first_layer=2, supply=0.75, bare=1.0, weight=20.0, height=2.0, no_prompt=0.5,
+                          first_layer=2, supply=0.8, bare=0.88, weight=5.0, height=1.2, no_prompt=0.5,
                           prompts=1024, track=128, every=100),
     # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
@@ -296,7 +296,7 @@ def fit(run, name, model, steps, arm=None, stage=None):
                        f"{last}. Lower the learning rate")
         seconds, tokens, done = seconds + time.time() - started, tokens + batch.idx.numel(), step + 1
 
-        if done % s.every == 0 or done == steps:
+        if done % s.every == 0 or done in (s.produce, steps):
             settle(model, owner)
             log.append({"step": done, "stage": stage(step) if stage else name, "lm_loss": held_out(run, model),
                         "flag_loss": flag, "train_loss": lm})

@@ -327,7 +327,7 @@ def test_bpe_merges_the_most_frequent_pair_first():
 
 
 WORDNET = """  1 This is the licence, indented.
-00001740 05 n 02 poodle_dog 0 barker 0 001 @ 00001930 n 0000 | a curly dog; "the poodle barked"
+00001740 05 n 0a poodle_dog 0 b 0 c 0 d 0 e 0 f 0 g 0 h 0 i 0 j 0 001 @ 00001930 n 0000 | a curly dog; "the poodle barked"
 00001930 20 n 01 rose 0 000 | a thorny shrub
 00002000 03 n 01 entity 0 000 | not one of the sixteen
 """
@@ -341,8 +341,9 @@ def test_wordnet_reader(tmp_path, monkeypatch):
     monkeypatch.setattr(D, "Path", lambda *p: tmp_path / "none" if p == ("/usr/share/wordnet",) else Path(*p))
     monkeypatch.setattr(D.Path, "home", lambda: tmp_path / "home", raising=False)
     data = D.load("wordnet")
-    assert sorted(data.train + data.judge + data.test, key=lambda e: e.prompt) == [
-        D.Example("poodle dog:", "a curly dog", ("animal",)), D.Example("rose:", "a thorny shrub", ("plant",))]
+    # its ten (0a) names are prompts of the same text; those that are dealt to later splits go
+    assert data.train == [D.Example(f"{name}:", "a curly dog", ("animal",)) for name in ("poodle dog", *"ceghi")]
+    assert (data.judge, data.test) == ([D.Example("rose:", "a thorny shrub", ("plant",))], [])
     (folder / "data.noun").unlink()
     folder.with_suffix(".zip").write_bytes(b"half of a download")
     with pytest.raises(ValueError, match="wordnet.zip: .*download it again"):
@@ -1759,5 +1760,6 @@ def test_real_comparison_and_sweep(prepared, tmp_path, monkeypatch):
     arms = json.loads((tmp_path / "results.json").read_text())["compare"]
     assert len(arms) == 8 and {"neutral", "conflict", "intact", "blank", "nll_gap", "loss"} <= arms["flags"].keys()
     rows = json.loads((tmp_path / "sweep-supply.json").read_text())
+    assert [[point["step"] for point in row["trajectory"]] for row in rows[1:]] == [[1, 2, 3]] * 5  # stage 1 ends at 1
     assert [row["trajectory"][-1]["step"] for row in rows] == [30, 3, 3, 3, 3, 3]
     assert rows[0]["value"] == F.LONG
