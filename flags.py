@@ -70,12 +70,12 @@ class Size:
     embedding_lr: float = 0.05  # ... and of everything else, in the base
     finetune_lr: float = 0.01   # the same for the flags model and the control
     finetune_embedding_lr: float = 0.02
-    decay: float = 0.8          # weight decay of the matrices
-    first_layer: int = 3        # k: flags stand in the stream after this block and all later ones
+    decay: float = 0.3          # weight decay of the matrices
+    first_layer: int = 2        # k: flags stand in the stream after this block and all later ones
     supply: float = 1.0         # p: the share of sequences whose flags are supplied in stage 2 ...
     bare: float = 0.75          # ... and the same of those that show no prompt
     weight: float = 6.0         # lambda, of the flag loss
-    height: float = 4.0         # a raised flag, in RMS of the base's stream
+    height: float = 6.0         # a raised flag, in RMS of the base's stream
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every rate
     track: int = 48             # held-out prompts behind every point of a trajectory
@@ -90,14 +90,14 @@ SIZES = {
     # minutes on a laptop
     "small": Size(),
     "small-wordnet": Size(vocab=4080, batch=128, context=64, base=300, produce=50, rely=1250, decay=0.5,
-                          first_layer=2, supply=0.8, bare=0.88, weight=5.0, height=1.2, no_prompt=0.5,
+                          supply=0.8, bare=0.88, weight=5.0, height=1.2, no_prompt=0.5,
                           prompts=1024, track=128, every=100),
     # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
-                   rely=1500, lr=0.005, finetune_lr=0.005, first_layer=5),
+                   rely=1500, lr=0.005, finetune_lr=0.005, first_layer=4),
     # one GPU, GPT-2's shape
     "large": Size(layers=12, heads=12, width=768, context=256, vocab=8192, batch=256, base=5000,
-                  produce=500, rely=3000, lr=0.003, finetune_lr=0.003, first_layer=7),
+                  produce=500, rely=3000, lr=0.003, finetune_lr=0.003, first_layer=6),
 }
 
 
@@ -202,9 +202,8 @@ def streams(model, idx, edit=None):
 def optimizers(model, s, lr, embedding_lr, blocks=None):
     """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for embeddings and norms.
 
-    On the stories Muon needs less than half of AdamW's steps to the same loss, and the decay of
-    its matrices is what erodes an unused route. Embeddings want a far higher rate: the words of a
-    concept have to find together.
+    On the stories Muon needs less than half of AdamW's steps to the same loss. Embeddings want a far
+    higher rate: the words of a concept have to find together.
     """
     matrices = [p for p in (blocks or model.blocks).parameters() if p.dim() == 2 and p.requires_grad]
     ids = set(map(id, matrices))
@@ -1189,8 +1188,8 @@ def sweep(run, name):
     (base, _, control), logs = train_all(run)
     s, steps = run.size, run.size.produce + run.size.rely
     values = {"layer": range(1, s.layers + 1), "width": (4, 8, 16, 32, 64),
-              "supply": (LONG, 0.0, 0.5, 0.8, 0.9, 1.0), "weight": (0.3, 1.0, 3.0, 10.0, 30.0),
-              "height": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)}[name]
+              "supply": (LONG, 0.0, 0.5, 0.8, 1.0), "weight": (0.3, 1.0, 3.0, 10.0, 30.0),
+              "height": (0.75, 1.5, 3.0, 6.0, 12.0)}[name]
     jobs = []
     for value in values:
         r, arm = variant(run, name, value)
@@ -1665,7 +1664,7 @@ def take_over(args, s):
         raise ValueError(f"{args.init}: the tokenizer has {tok.n_vocab} ids, the model {c.vocab_size}")
     return base, tok, dataclasses.replace(
         s, layers=c.n_layer, heads=c.n_head, width=c.n_embd, vocab=c.vocab_size, context=c.context,
-        first_layer=c.n_layer // 2 + 1, base=0, finetune_lr=lr[0],
+        first_layer=(c.n_layer + 1) // 2, base=0, finetune_lr=lr[0],
         finetune_embedding_lr=lr[-1])
 
 

@@ -1760,6 +1760,6 @@ def test_real_comparison_and_sweep(prepared, tmp_path, monkeypatch):
     arms = json.loads((tmp_path / "results.json").read_text())["compare"]
     assert len(arms) == 8 and {"neutral", "conflict", "intact", "blank", "nll_gap", "loss"} <= arms["flags"].keys()
     rows = json.loads((tmp_path / "sweep-supply.json").read_text())
-    assert [[point["step"] for point in row["trajectory"]] for row in rows[1:]] == [[1, 2, 3]] * 5  # stage 1 ends at 1
-    assert [row["trajectory"][-1]["step"] for row in rows] == [30, 3, 3, 3, 3, 3]
+    assert [[point["step"] for point in row["trajectory"]] for row in rows[1:]] == [[1, 2, 3]] * 4  # stage 1 ends at 1
+    assert [row["trajectory"][-1]["step"] for row in rows] == [30, 3, 3, 3, 3]
     assert rows[0]["value"] == F.LONG
