@@ -65,7 +65,7 @@ class Size:
     batch: int = 64             # sequences
     base: int = 200             # steps of the base model
     produce: int = 50           # steps of stage 1
-    rely: int = 800             # steps of stage 2
+    rely: int = 900             # steps of stage 2
     lr: float = 0.01            # peak rate of the matrices ...
     embedding_lr: float = 0.05  # ... and of everything else, in the base
     finetune_lr: float = 0.01   # the same for the flags model and the control
