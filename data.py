@@ -197,7 +197,7 @@ NEUTRAL, CUES, TELLINGS, OPENINGS, ENDINGS = (
 
 
 def load_stories(flags: int, seed: int, count: int = 55_000) -> Data:
-    """Tell `count` stories: about 52,000 to train on, of which `small` reads hardly one twice, and 3,000 to test."""
+    """Tell `count` stories: about 52,000 to train on, few of which `small` reads twice, and 3,000 to test."""
     lines, table = STORIES.strip().splitlines(), {}
     for i in range(0, len(lines), 4)[:flags]:
         concept, lines[i] = lines[i].split(": ")
