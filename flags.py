@@ -1676,7 +1676,6 @@ def make_room(run, base, args):
         raise Stop(f"--train {run.top} freezes block {s.first_layer}, after which the flags are to "
                    f"stand: --train {s.layers - s.first_layer + 1} or more")
     run.settings |= {"init": args.init, "weights": fingerprint(base), "train": run.top}
-    base.checkpoint = True
     base.to(run.device, torch.bfloat16 if run.device.type == "cuda" else None)
     run.channels = by_use(run, base)
     run.flags.height = s.height * loudness(run, base)
@@ -1752,7 +1751,8 @@ def needs(model, rows, length, top=None, N=1):
 
 
 def fit_memory(run, model):
-    """Print what memory finetuning needs. Too much: FSDP2 under torchrun, else say what would help."""
+    """Print what memory finetuning needs, unless there is plenty; else activations of a checkpoint are computed
+    twice. Too much: FSDP2 under torchrun, else say what would help."""
     N, device = process()[1], run.device
     if device.type == "cuda":
         room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
@@ -1760,14 +1760,15 @@ def fit_memory(run, model):
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 if device.type == "mps" else N)
     rows = min(run.micro or run.size.batch, -(-run.size.batch // N))
     length = max(len(row.prompt) + len(row.text) - 1 for row in run.train)
+    run.tight = sum(needs(model, rows, length, run.top).values()) > room / 10
+    if not run.tight:       # no news
+        return
+    model.checkpoint = bool(run.pretrained)
     plan = needs(model, rows, length, run.top)
     run.shard = N > 1 and sum(plan.values()) > room
     if run.shard:
         plan = needs(model, rows, length, run.top, N)
     GB = lambda need: f"{need / 1e9:.1f} GB"
-    run.tight = sum(plan.values()) > room / 10
-    if not run.tight:       # no news
-        return
     print(f"memory: {GB(sum(plan.values()))} of {GB(room)} on each device, reckoned: "
           + ", ".join(f"{what} {GB(need)}" for what, need in plan.items())
           + (f"; {N} processes, {'FSDP2' if run.shard else 'DDP'}" if N > 1 else ""))

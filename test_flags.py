@@ -1678,6 +1678,14 @@ def test_what_does_not_fit_says_what_would_help(prepared, monkeypatch, capsys):
     F.fit_memory(dataclasses.replace(prepared, pretrained=model), model)
     shown = capsys.readouterr().out
     assert "does not fit" in shown and all(f"with {x}" in shown for x in ("--micro 1", "--train 2", "torchrun"))
+    assert model.checkpoint
+
+
+def test_where_memory_is_plenty_nothing_is_computed_twice(prepared, monkeypatch, capsys):
+    monkeypatch.setattr(os, "sysconf", lambda name: 10 ** 6)       # 1 TB
+    model = F.new_model(prepared)
+    F.fit_memory(dataclasses.replace(prepared, pretrained=model), model)
+    assert not model.checkpoint and not capsys.readouterr().out
 
 
 def two_halves(run, folder, **changes):
