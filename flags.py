@@ -1063,7 +1063,8 @@ def by_adding(run, directions, strength):
 
 def route(run):
     """Gradient routing (Cloud et al. 2024) to the same dimensions: where a concept's text is predicted
-    (stories: a word of it), only its dimension passes gradient down from the layers >= k."""
+    (stories: a word of it), only its dimension passes gradient down from the layers k ... L - 1. The
+    last block is free to read it, as theirs are."""
     flags, names, words = run.flags, run.data.concepts, run.data.words
     belongs = torch.full((run.tok.n_vocab, len(names)), not words, device=run.device)       # (V, K)
     for i in range(run.tok.n_vocab) if words else []:
@@ -1078,7 +1079,7 @@ def route(run):
         passes[..., flags.dims] |= of
 
         def edit(layer, x, pos):
-            return x if layer < flags.layer else torch.where(passes, x, x.detach())
+            return torch.where(passes, x, x.detach()) if flags.layer <= layer < run.size.layers else x
         return edit, None
     return arm
 

@@ -446,6 +446,9 @@ def test_gradient_routing_against_a_hand_written_mask(prepared):
     edit, _ = F.route(run)(0, batch)
     x = torch.randn(1, 4, 64, requires_grad=True)
     assert torch.equal(edit(1, x, None), x)             # nothing changes forwards
+    edit(2, x, None).sum().backward()
+    assert x.grad.eq(1).all()                           # the last block's output is free
+    x.grad = None
     edit(1, x, None).sum().backward()
     passes = torch.ones(1, 4, 64)
     for t, concept in ((1, "sea"), (3, "farm")):
