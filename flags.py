@@ -168,11 +168,14 @@ def steer(flags, width, *segments):
 
     plan = [(per_channel(start.to(values.device)[:, None], math.inf), per_channel(flags.height * values, 0.0))
             for start, values in segments]
+    now = []                                                # [(where, what)], the same for all layers
 
     def edit(layer, x, pos):                                # x (B, T, C), pos (B, T)
+        if layer == flags.layer:                            # no position is beyond infinity
+            now[:] = [(pos[..., None] >= since.to(x.device), values.to(x)) for since, values in plan]
         if layer >= flags.layer:
-            for since, values in plan:                      # no position is beyond infinity
-                x = torch.where(pos[..., None] >= since.to(x.device), values.to(x), x)
+            for where, values in now:
+                x = torch.where(where, values, x)
         return x
     return edit
 
