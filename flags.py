@@ -74,6 +74,7 @@ class Size:
     first_layer: int = 2        # k: flags stand in the stream after this block and all later ones
     supply: float = 1.0         # p: the share of sequences whose flags are supplied in stage 2 ...
     bare: float = 0.75          # ... and the same of those that show no prompt
+    alone: int = 0              # the last steps of stage 2, in which none are supplied
     weight: float = 6.0         # lambda, of the flag loss
     height: float = 6.0         # a raised flag, in RMS of the base's stream
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
@@ -702,8 +703,9 @@ def loudness(run, base):
 
 
 def supply_schedule(s):
-    """p for each step, with a prompt and without: nothing in stage 1."""
-    return lambda step: (0.0, 0.0) if step < s.produce else (s.supply, s.bare)
+    """p for each step, with a prompt and without: nothing in stage 1, nor in the last s.alone steps."""
+    last = s.produce + s.rely - s.alone
+    return lambda step: (s.supply, s.bare) if s.produce <= step < last else (0.0, 0.0)
 
 
 def train_all(run):
@@ -1019,14 +1021,14 @@ def shuffled(arm, seed):
 
 def with_control_tokens(run, rows):
     """Conditional training (Keskar et al. 2019): a token for each concept stands behind the prompt,
-    shown or not, in a share p of the rows."""
-    first, chance = run.tok.n_vocab, random.Random(run.seed)
+    shown or not, in as many rows as have their flags supplied in stage 2."""
+    first, chance, s = run.tok.n_vocab, random.Random(run.seed), run.size
 
     def told(row):
         tokens = [first + i for i, on in enumerate(row.label) if on]
         room = run.size.context + 1 - len(row.prompt) - len(tokens)
         return row._replace(prompt=row.prompt + tokens, text=row.text[:room], stay=len(tokens)) if room > 0 else row
-    return [told(row) if chance.random() < run.size.supply else row for row in rows]
+    return [told(row) if chance.random() < s.supply * (1 - s.alone / s.rely) else row for row in rows]
 
 
 def by_control_token(run):
@@ -1192,7 +1194,7 @@ def sweep(run, name):
     (base, _, control), logs = train_all(run)
     s, steps = run.size, run.size.produce + run.size.rely
     values = {"layer": range(1, s.layers + 1), "width": (4, 8, 16, 32, 64),
-              "supply": (LONG, 0.0, 0.5, 0.8, 1.0), "weight": (0.3, 1.0, 3.0, 10.0, 30.0),
+              "supply": (LONG, 0.0, 0.5, 0.8, 1.0), "weight": (0.4, 1.5, 6.0, 24.0),
               "height": (0.75, 1.5, 3.0, 6.0, 12.0)}[name]
     jobs = []
     for value in values:

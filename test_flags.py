@@ -480,6 +480,9 @@ def test_control_tokens_stand_behind_the_prompt(prepared):
     assert (bare.idx[:, 0] == 1).all() and (bare.idx[:, 1] == n + 1).sum() == told
     assert told + sum(r.prompt == [1, 2] for r in rows) == 2000
     assert told / 2000 == pytest.approx(0.7, abs=0.06)      # 6 standard errors
+    half = dataclasses.replace(run, size=dataclasses.replace(run.size, alone=run.size.rely // 2))
+    told = sum(r.stay for r in F.with_control_tokens(half, [row] * 2000))
+    assert told / 2000 == pytest.approx(0.35, abs=0.06)     # as flags are, which no longer stand there
     assert F.by_control_token(prepared)([[9]], torch.tensor([row.label])) == ([[9, n + 1]], None)
     full = D.Row([1] * 100, [3] * 29, row.label)            # it fills the context: the text makes room
     always = dataclasses.replace(prepared, size=dataclasses.replace(prepared.size, supply=1.0))
@@ -487,6 +490,11 @@ def test_control_tokens_stand_behind_the_prompt(prepared):
     full = D.Row([1] * 128, [3], row.label)                 # or there is none
     assert F.with_control_tokens(always, [full]) == [full]
     assert F.by_control_token(prepared)([full.prompt], torch.tensor([row.label])) == ([[1] * 127 + [n + 1]], None)
+
+
+def test_flags_are_supplied_from_stage_2_on_and_not_in_its_last_steps():
+    p = F.supply_schedule(F.Size(produce=10, rely=40, supply=0.8, bare=0.9, alone=5))
+    assert [p(step) for step in (0, 9, 10, 44, 45, 49)] == [(0, 0)] * 2 + [(0.8, 0.9)] * 2 + [(0, 0)] * 2
 
 
 @pytest.mark.parametrize("name, value, layer, K", [("layer", 2, 2, 16), ("width", 4, 1, 4), ("width", 32, 1, 32),
