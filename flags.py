@@ -1482,7 +1482,7 @@ def bench(run):
                     theirs.generate(idx, attention_mask=mask, max_new_tokens=n, min_new_tokens=n,
                                     do_sample=True, temperature=0.8, top_k=0))
 
-    trained, written = rounds(train, 9), rounds(writes, 15)
+    trained, written = rounds(train, 9), rounds(writes, 25)
     rate = {name: tokens / seconds for name, seconds in trained.items()}
     best = max((rate.get(("transformers", kind)) for kind in ("eager", "sdpa")), key=lambda r: r or 0)
     result = {"train": {**{k: rate[k] for k in ("base", "flags", "control")}, "transformers": best},
@@ -1500,7 +1500,7 @@ def bench(run):
     result["peak_share"] = rate["base"] * flops / result["peak_gflops"] / 1e9
 
     print(f"\n{run.settings['size']}, {run.device}, {result['threads']} threads, torch {torch.__version__}: "
-          "tokens a second, medians of 9 (training) and 15 rounds")
+          "tokens a second, medians of 9 (training) and 25 rounds")
     for title, row in [("training", result["train"]),
                        *((f"writing, batch {B}", row) for B, row in result["generate"].items())]:
         unit = next(iter(row.values()))
