@@ -91,7 +91,7 @@ SIZES = {
     # minutes on a laptop
     "small": Size(),
     "small-wordnet": Size(vocab=4080, batch=128, context=64, base=300, produce=50, rely=1250, decay=0.5,
-                          supply=0.8, bare=0.88, weight=5.0, height=1.2, no_prompt=0.5,
+                          supply=0.9, bare=0.95, alone=150, weight=5.0, height=1.2, no_prompt=0.5,
                           prompts=1024, track=128, every=100),
     # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
