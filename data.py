@@ -47,18 +47,19 @@ class Data:
     words: dict[str, str] | None  # stories: content word (lower case) -> concept
 
 
-def load(name_or_path: str, flags: int = 16, seed: int = 1337) -> Data:
+def load(name_or_path: str, flags: int = 16, seed: int = 1337, stories: int = 55_000) -> Data:
     """Read one of the three sources: "stories", "wordnet", or a path that ends in .jsonl.
 
     `flags` is the largest number of concepts. The first two sources have 16 and use the first
-    `flags` of them; a file with more is refused. `seed` picks the stories; nothing else is random.
+    `flags` of them; a file with more is refused. `seed` picks the `stories`, so many; nothing else
+    is random.
 
     Raises ValueError or FileNotFoundError with one line: what is wrong, where, what to do.
     """
     if flags < 2:
         raise ValueError(f"flags must be at least 2 (something to switch between), not {flags}")
     if name_or_path == "stories":
-        return load_stories(flags, seed)
+        return load_stories(flags, seed, stories)
     if name_or_path == "wordnet" or str(name_or_path).endswith(".jsonl"):
         wordnet = name_or_path == "wordnet"
         data = load_wordnet(flags) if wordnet else load_jsonl(Path(name_or_path), flags)
@@ -196,8 +197,8 @@ NEUTRAL, CUES, TELLINGS, OPENINGS, ENDINGS = (
     regex.split(r"\||\n +", forms) for forms in (NEUTRAL, CUES, TELLINGS, OPENINGS, ENDINGS))
 
 
-def load_stories(flags: int, seed: int, count: int = 55_000) -> Data:
-    """Tell `count` stories: about 52,000 to train on, few of which `small` reads twice, and 3,000 to test."""
+def load_stories(flags: int, seed: int, count: int) -> Data:
+    """Tell `count` stories, 95 % of them to train on."""
     lines, table = STORIES.strip().splitlines(), {}
     for i in range(0, len(lines), 4)[:flags]:
         concept, lines[i] = lines[i].split(": ")
