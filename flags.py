@@ -1196,7 +1196,7 @@ def sweep(run, name):
     s, steps = run.size, run.size.produce + run.size.rely
     values = {"layer": range(1, s.layers + 1), "width": (4, 8, 16, 32, 64),
               "supply": (LONG, 0.0, 0.5, 0.8, 1.0), "weight": (0.4, 1.5, 6.0, 24.0),
-              "height": (0.75, 1.5, 3.0, 6.0, 12.0)}[name]
+              "height": (1.5, 3.0, 6.0, 12.0)}[name]
     jobs = []
     for value in values:
         r, arm = variant(run, name, value)
