@@ -235,7 +235,7 @@ def test_who_is_supplied():
 
 @pytest.fixture(scope="module")
 def stories():
-    return D.load("stories")
+    return D.load("stories", stories=20_000)
 
 
 @pytest.fixture(scope="module")
