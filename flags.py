@@ -1164,8 +1164,8 @@ SWEEPS = {
     "supply": "p, the share of sequences whose flags are supplied",
     "weight": "lambda, the weight of the flag loss",
     "height": "a raised flag, in RMS of the base's stream",
+    "longer": "times the steps, at p = 0 (flags are made and never supplied)",
 }
-LONG = "0, ten times the steps"     # a value of p
 
 
 def variant(run, name, value):
@@ -1177,8 +1177,10 @@ def variant(run, name, value):
         run = change(run, flags=change(flags, dims=run.channels[-value:]), tracked=None)
     elif name == "height":
         run = change(run, flags=change(flags, height=flags.height * value / s.height))
-    elif value == LONG:
-        run = change(run, size=change(s, supply=0.0, bare=0.0, every=10 * s.every))
+    elif name == "longer":
+        steps = value * (s.produce + s.rely)
+        run = change(run, size=change(s, supply=0.0, bare=0.0, rely=steps - s.produce,
+                                      every=value * s.every))
     elif name == "supply":
         run = change(run, size=change(s, supply=value, bare=value * s.bare / s.supply))
     else:
@@ -1193,15 +1195,15 @@ def variant(run, name, value):
 def sweep(run, name):
     """Finetune anew for each value of one setting, all else equal; one file, one picture."""
     (base, _, control), logs = train_all(run)
-    s, steps = run.size, run.size.produce + run.size.rely
+    s = run.size
     values = {"layer": range(1, s.layers + 1), "width": (4, 8, 16, 32, 64),
-              "supply": (LONG, 0.0, 0.5, 0.8, 1.0), "weight": (0.4, 1.5, 6.0, 24.0),
-              "height": (1.5, 3.0, 6.0, 12.0)}[name]
+              "supply": (0.0, 0.5, 0.8, 1.0), "weight": (0.4, 1.5, 6.0, 24.0),
+              "height": (1.5, 3.0, 6.0, 12.0), "longer": (10,)}[name]
     jobs = []
     for value in values:
         r, arm = variant(run, name, value)
-        jobs.append((r, f"{name}-{value}".replace(" ", "-"), copy_of(run, base),
-                     10 * steps if value == LONG else steps, arm, lambda step: 1 if step < s.produce else 2))
+        jobs.append((r, f"{name}-{value}", copy_of(run, base), r.size.produce + r.size.rely, arm,
+                     lambda step: 1 if step < s.produce else 2))
     rows, theirs = [], held_out(run, control, run.test)
     for value, (r, _, model, *_), log in zip(values, jobs, fit_all(jobs)):
         loss = held_out(run, model, run.test)
@@ -1218,7 +1220,7 @@ def sweep(run, name):
     if name != "width":
         panels.append(([line(key, key) for key in ("conflict", "neutral", "intact", "blank", "exact")], dict(
             xlabel=SWEEPS[name], ylabel="share of texts (exact: of prompts)", ylim=(-0.02, 1.02))))
-    if name == "supply":
+    if name in ("supply", "longer"):
         paths = [(str(row["value"]), row["trajectory"], "-") for row in rows] + [("control", logs["control"], "k:")]
         panels += [([line(label, key, log, [point["step"] / log[-1]["step"] for point in log], fmt)
                      for label, log, fmt in paths], dict(

@@ -498,13 +498,13 @@ def test_flags_are_supplied_from_stage_2_on_and_not_in_its_last_steps():
 
 
 @pytest.mark.parametrize("name, value, layer, K", [("layer", 2, 2, 16), ("width", 4, 1, 4), ("width", 32, 1, 32),
-                                                   ("weight", 3.0, 1, 16), ("supply", 0.0, 1, 16), ("supply", F.LONG, 1, 16),
+                                                   ("weight", 3.0, 1, 16), ("supply", 0.0, 1, 16), ("longer", 10, 1, 16),
                                                    ("height", 4.0, 1, 16)])
 def test_what_a_sweep_varies(prepared, name, value, layer, K):
     run, arm = F.variant(prepared, name, value)
     batch = D.batch(prepared.train, 0, 8, 1)
     x = arm(29, batch)[0](layer, torch.zeros(*batch.idx.shape, 64), None)
-    supplied = batch.y[0, torch.arange(K) % 16] if name != "supply" else torch.zeros(K)
+    supplied = batch.y[0, torch.arange(K) % 16] if name not in ("supply", "longer") else torch.zeros(K)
     t = (batch.targets[0] >= 0).nonzero()[0, 0]
     height = 4.0 / prepared.size.height if name == "height" else 1.0
     assert run.flags.layer == layer and torch.equal(x[0, t, run.flags.dims], height * supplied)
@@ -1776,9 +1776,9 @@ def test_real_comparison_and_sweep(prepared, tmp_path, monkeypatch):
     with F.locked(run):
         F.compare(run)
         F.sweep(run, "supply")
+        F.sweep(run, "longer")
     arms = json.loads((tmp_path / "results.json").read_text())["compare"]
     assert len(arms) == 8 and {"neutral", "conflict", "intact", "blank", "nll_gap", "loss"} <= arms["flags"].keys()
-    rows = json.loads((tmp_path / "sweep-supply.json").read_text())
-    assert [[point["step"] for point in row["trajectory"]] for row in rows[1:]] == [[1, 2, 3]] * 4  # stage 1 ends at 1
-    assert [row["trajectory"][-1]["step"] for row in rows] == [30, 3, 3, 3, 3]
-    assert rows[0]["value"] == F.LONG
+    rows, longer = (json.loads((tmp_path / f"sweep-{name}.json").read_text()) for name in ("supply", "longer"))
+    steps = [[point["step"] for point in row["trajectory"]] for row in rows + longer]
+    assert steps == [[1, 2, 3]] * 4 + [[1, 20, 30]]         # stage 1 ends at 1
