@@ -999,17 +999,23 @@ def draw(run, logs, matrix, model):
 # ---------------------------------------------------------------------------- baselines: --compare
 # Each is an arm of the same training, or an edit, or a prompt; all are measured alike.
 
-def short(run, model, base, by=None):
-    """One row of the comparison: the figures that every arm has."""
+def unsteered(run, model):
+    """What a model does by itself: how often it follows the prompt, and its LM loss."""
+    p = run.prompts
+    return {"intact": stat(list(map(about, run.judge(write(run, model, p.cued)), p.a))),
+            "loss": held_out(run, model, run.test)}
+
+
+def short(run, model, base, by=None, free=None):
+    """One row of the comparison: the figures that every arm has; free: those of `unsteered`, if known."""
     p, K = run.prompts, len(run.data.concepts)
     b = [i % K for i in range(len(p.neutral))]
     texts = write(run, model, p.cued, hot(K, p.b), by)
     share = lambda texts, target: stat(list(map(about, run.judge(texts), target)))
     blank = None if by else share(write(run, model, p.cued, torch.zeros(len(p.cued), K)), p.a)
     return {"neutral": share(write(run, model, p.neutral, hot(K, b), by), b),
-            "conflict": share(texts, p.b), "intact": share(write(run, model, p.cued), p.a),
-            "blank": blank, "nll_gap": fluency(run, base, p.cued, texts, p.b)[0],
-            "loss": held_out(run, model, run.test)}
+            "conflict": share(texts, p.b), "blank": blank,
+            "nll_gap": fluency(run, base, p.cued, texts, p.b)[0]} | (free or unsteered(run, model))
 
 
 def shuffled(arm, seed):
@@ -1133,7 +1139,8 @@ def compare(run):
         def wins(strength):     # on prompts of its own, from the training split
             texts = write(run, model, own.cued, hot(K, own.b), by(strength))
             return sum(map(about, run.judge(texts), own.b))
-        strengths[name] = {a: short(run, model, base, by(a)) for a in STRENGTHS}
+        free = unsteered(run, model)
+        strengths[name] = {a: short(run, model, base, by(a), free) for a in STRENGTHS}
         best = max(STRENGTHS, key=wins)
         arms[name] = strengths[name][best] | {"strength": best}
     path = run.out / "results.json"
