@@ -66,7 +66,7 @@ class Size:
     batch: int = 64             # sequences
     base: int = 200             # steps of the base model
     produce: int = 50           # steps of stage 1
-    rely: int = 900             # steps of stage 2
+    rely: int = 800             # steps of stage 2
     lr: float = 0.01            # peak rate of the matrices ...
     embedding_lr: float = 0.05  # ... and of everything else, in the base
     finetune_lr: float = 0.01   # the same for the flags model and the control
@@ -76,7 +76,7 @@ class Size:
     supply: float = 1.0         # p: the share of sequences whose flags are supplied in stage 2 ...
     bare: float = 0.75          # ... and the same of those that show no prompt
     alone: int = 0              # the last steps of stage 2, in which none are supplied
-    weight: float = 6.0         # lambda, of the flag loss
+    weight: float = 24.0        # lambda, of the flag loss
     height: float = 6.0         # a raised flag, in RMS of the base's stream
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every rate
@@ -1096,7 +1096,7 @@ def route(run):
     return arm
 
 
-STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
 def compare(run):
@@ -1133,7 +1133,7 @@ def compare(run):
     directions = means(run, control)
     ways = {"difference of means": (control, lambda a: by_adding(run, directions, a)),
             "gradient routing": (models["routing"], lambda a: lambda ids, values: by_flags(
-                run, models["routing"])(ids, a * values))}
+                run, models["routing"])(ids, a / s.height * values))}       # a RMS high
     strengths = {}
     for name, (model, by) in ways.items():
         def wins(strength):     # on prompts of its own, from the training split
@@ -1204,7 +1204,7 @@ def sweep(run, name):
     (base, _, control), logs = train_all(run)
     s = run.size
     values = {"layer": range(1, s.layers + 1), "width": (4, 8, 16, 32, 64),
-              "supply": (0.0, 0.5, 0.8, 1.0), "weight": (0.4, 1.5, 6.0, 24.0),
+              "supply": (0.0, 0.5, 0.8, 1.0), "weight": (1.5, 6.0, 24.0, 96.0),
               "height": (1.5, 3.0, 6.0, 12.0), "longer": (10,)}[name]
     jobs = []
     for value in values:
