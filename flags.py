@@ -49,6 +49,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 
 import data as D
 from model import GPT, Config
@@ -186,9 +187,9 @@ def steer(flags, width, *segments):
 def read(model, flags, prompts):
     """The model's own flags (B, K) at the last token of each prompt (lists of token ids), as they
     stand after block k, the first place where they are asked for."""
-    device, k = model.wte.weight.device, flags.layer
-    return torch.stack([streams(model, torch.tensor([ids], device=device))[k - 1][0, -1]
-                        for ids in prompts])[:, flags.dims] / flags.height
+    idx = pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True).to(model.wte.weight.device)
+    x = torch.cat([streams(model, part)[flags.layer - 1] for part in idx.split(64)])    # padding is behind: unseen
+    return x[torch.arange(len(idx)), last(prompts)][:, flags.dims] / flags.height
 
 
 def streams(model, idx, edit=None):
@@ -1170,7 +1171,6 @@ SWEEPS = {
     "width": "number of fenced dimensions",
     "supply": "p, the share of sequences whose flags are supplied",
     "weight": "lambda, the weight of the flag loss",
-    "height": "a raised flag, in RMS of the base's stream",
     "longer": "times the steps, at p = 0 (flags are made and never supplied)",
 }
 
@@ -1182,8 +1182,6 @@ def variant(run, name, value):
         run = change(run, flags=change(flags, layer=value))
     elif name == "width":
         run = change(run, flags=change(flags, dims=run.channels[-value:]), tracked=None)
-    elif name == "height":
-        run = change(run, flags=change(flags, height=flags.height * value / s.height))
     elif name == "longer":
         steps = value * (s.produce + s.rely)
         run = change(run, size=change(s, supply=0.0, bare=0.0, rely=steps - s.produce,
@@ -1205,7 +1203,7 @@ def sweep(run, name):
     s = run.size
     values = {"layer": range(1, s.layers + 1), "width": (4, 8, 16, 32, 64),
               "supply": (0.0, 0.5, 0.8, 1.0), "weight": (1.5, 6.0, 24.0, 96.0),
-              "height": (1.5, 3.0, 6.0, 12.0), "longer": (10,)}[name]
+              "longer": (10,)}[name]
     jobs = []
     for value in values:
         r, arm = variant(run, name, value)

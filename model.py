@@ -78,7 +78,7 @@ def attend(q, k, v, bias):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.sizes = [c.n_head, 2 * c.n_kv_head]
+        self.sizes = [c.n_head, c.n_kv_head, c.n_kv_head]
         self.head_dim = c.head_dim
         self.qkv = nn.Linear(c.n_embd, sum(self.sizes) * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
@@ -86,13 +86,11 @@ class Attention(nn.Module):
     def forward(self, x, bias, angles, cache):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, H + 2 Hkv, T, D)
-        q, kv = qkv.split(self.sizes, dim=1)
+        q, k, v = qkv.split(self.sizes, dim=1)
         if angles is not None:
-            k, v = kv.chunk(2, dim=1)
-            q, kv = rotate(q, *angles), torch.cat([rotate(k, *angles), v], dim=1)
+            q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
-            kv = cache.append(kv)                                           # (B, 2 Hkv, S, D)
-        k, v = kv.chunk(2, dim=1)
+            k, v = cache.append(k, v)                                       # (B, Hkv, S, D)
         if k.size(1) < q.size(1):
             k, v = (a.repeat_interleave(q.size(1) // a.size(1), dim=1) for a in (k, v))
         y = attend(q, k, v, bias)                                           # (B, H, T, D)
@@ -171,17 +169,17 @@ class Cache:
         self.before = torch.arange(size, device=pad.device) < self.pad      # (B, size): the padding
         self.ragged = bool(pad.any())
 
-    def append(self, kv):
-        """Store keys and values kv (B, 2 Hkv, T, D) of the next layer; return all so far (B, 2 Hkv, S, D)."""
-        i, n, T = self.layer, self.length, kv.size(2)
+    def append(self, *kv):
+        """Store keys and values, each (B, Hkv, T, D), of the next layer; return all so far (B, Hkv, S, D)."""
+        i, n, (B, H, T, D) = self.layer, self.length, kv[0].shape
         if self.kv[i] is None:
-            B, H, _, D = kv.shape
-            self.kv[i] = kv.new_empty(B, H, self.size, D)
-        self.kv[i][:, :, n:n + T] = kv
+            self.kv[i] = [new.new_empty(B, H, self.size, D) for new in kv]
+        for old, new in zip(self.kv[i], kv):
+            old.narrow(2, n, T).copy_(new)
         self.layer = (i + 1) % self.n_layer
         if self.layer == 0:
             self.length += T
-        return self.kv[i][:, :, :n + T]
+        return [old.narrow(2, 0, n + T) for old in self.kv[i]]
 
 
 def positions(T, cache, device):

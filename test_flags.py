@@ -498,16 +498,14 @@ def test_flags_are_supplied_from_stage_2_on_and_not_in_its_last_steps():
 
 
 @pytest.mark.parametrize("name, value, layer, K", [("layer", 2, 2, 16), ("width", 4, 1, 4), ("width", 32, 1, 32),
-                                                   ("weight", 3.0, 1, 16), ("supply", 0.0, 1, 16), ("longer", 10, 1, 16),
-                                                   ("height", 4.0, 1, 16)])
+                                                   ("weight", 3.0, 1, 16), ("supply", 0.0, 1, 16), ("longer", 10, 1, 16)])
 def test_what_a_sweep_varies(prepared, name, value, layer, K):
     run, arm = F.variant(prepared, name, value)
     batch = D.batch(prepared.train, 0, 8, 1)
     x = arm(29, batch)[0](layer, torch.zeros(*batch.idx.shape, 64), None)
     supplied = batch.y[0, torch.arange(K) % 16] if name not in ("supply", "longer") else torch.zeros(K)
     t = (batch.targets[0] >= 0).nonzero()[0, 0]
-    height = 4.0 / prepared.size.height if name == "height" else 1.0
-    assert run.flags.layer == layer and torch.equal(x[0, t, run.flags.dims], height * supplied)
+    assert run.flags.layer == layer and torch.equal(x[0, t, run.flags.dims], supplied)
     assert run.size.weight == (3.0 if name == "weight" else prepared.size.weight)
     assert prepared.flags.layer == 1 and len(prepared.flags.dims) == 16         # the others are as they were
 
