@@ -310,7 +310,7 @@ def load_wordnet(flags: int) -> Data:
         if definition:
             examples += [Example(lemma.replace("_", " ") + ":", definition, (category[fields[1]],))
                          for lemma in lemmas]
-    return Data("wordnet", concepts, *split(examples, train=62, judge=33), None)
+    return Data("wordnet", concepts, *split(examples, train=62, judge=28), None)
 
 
 def wordnet_lines() -> list[str]:

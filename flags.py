@@ -94,7 +94,7 @@ SIZES = {
     "small": Size(),
     "small-wordnet": Size(vocab=4080, batch=128, context=64, base=300, produce=50, rely=1900, decay=0.5,
                           supply=0.9, bare=0.95, alone=380, weight=10.0, height=1.2, no_prompt=0.5,
-                          prompts=2048, track=128, every=100),
+                          prompts=4096, track=128, every=100),
     # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
                    rely=1500, lr=0.005, finetune_lr=0.005, first_layer=4),
