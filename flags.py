@@ -76,7 +76,7 @@ class Size:
     first_layer: int = 2        # k: flags stand in the stream after this block and all later ones
     supply: float = 1.0         # p: the share of sequences whose flags are supplied in stage 2 ...
     bare: float = 0.75          # ... and the same of those that show no prompt
-    alone: int = 0              # the last steps of stage 2, in which no prompt's flags are supplied
+    alone: int = 0              # the last steps of stage 2, in which none are supplied
     weight: float = 24.0        # lambda, of the flag loss
     height: float = 6.0         # a raised flag, in RMS of the base's stream
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
@@ -92,8 +92,8 @@ SIZES = {
                  rely=20, first_layer=1, prompts=16, track=8, every=10),
     # minutes on a laptop
     "small": Size(),
-    "small-wordnet": Size(vocab=4080, batch=128, context=64, base=300, produce=50, rely=2800, decay=0.5,
-                          supply=0.9, bare=0.95, alone=420, weight=10.0, height=1.2, no_prompt=0.5,
+    "small-wordnet": Size(vocab=4080, batch=128, context=64, base=300, produce=50, rely=1900, decay=0.5,
+                          supply=0.9, bare=0.95, alone=380, weight=10.0, height=1.2, no_prompt=0.5,
                           prompts=4096, track=128, every=100),
     # one GPU
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
@@ -704,10 +704,9 @@ def loudness(run, base):
 
 
 def supply_schedule(s):
-    """p for each step, with a prompt and without: nothing in stage 1; with a prompt nothing in the
-    last s.alone steps either."""
+    """p for each step, with a prompt and without: nothing in stage 1, nor in the last s.alone steps."""
     last = s.produce + s.rely - s.alone
-    return lambda step: (s.supply * (s.produce <= step < last), s.bare * (s.produce <= step))
+    return lambda step: (s.supply, s.bare) if s.produce <= step < last else (0.0, 0.0)
 
 
 def train_all(run):
@@ -1029,7 +1028,7 @@ def shuffled(arm, seed):
 
 def with_control_tokens(run, rows):
     """Conditional training (Keskar et al. 2019): a token for each concept stands behind the prompt,
-    shown or not, in as large a share of rows as has its flags supplied behind a prompt in stage 2."""
+    shown or not, in as many rows as have their flags supplied in stage 2."""
     first, chance, s = run.tok.n_vocab, random.Random(run.seed), run.size
 
     def told(row):

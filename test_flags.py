@@ -494,9 +494,9 @@ def test_control_tokens_stand_behind_the_prompt(prepared):
     assert F.by_control_token(prepared)([full.prompt], torch.tensor([row.label])) == ([[1] * 127 + [n + 1]], None)
 
 
-def test_flags_are_supplied_from_stage_2_on_and_not_behind_its_last_prompts():
+def test_flags_are_supplied_from_stage_2_on_and_not_in_its_last_steps():
     p = F.supply_schedule(F.Size(produce=10, rely=40, supply=0.8, bare=0.9, alone=5))
-    assert [p(step) for step in (0, 9, 10, 44, 45, 49)] == [(0, 0)] * 2 + [(0.8, 0.9)] * 2 + [(0, 0.9)] * 2
+    assert [p(step) for step in (0, 9, 10, 44, 45, 49)] == [(0, 0)] * 2 + [(0.8, 0.9)] * 2 + [(0, 0)] * 2
 
 
 @pytest.mark.parametrize("name, value, layer, K", [("layer", 2, 2, 16), ("width", 4, 1, 4), ("width", 32, 1, 32),
