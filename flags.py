@@ -719,7 +719,7 @@ def train_all(run):
     if run.pretrained:
         logs = {"base": [{"step": 0, "stage": "pretrained", "lm_loss": held_out(run, base)}]}
     else:
-        logs = {"base": fit(run, "base", base, s.base)}
+        logs = {"base": fit_all([(run, "base", base, s.base)])[0]}
         run.flags.height = s.height * loudness(run, base)
     flags, control = copy_of(run, base), copy_of(run, base)
     arm = install(run.flags, supply_schedule(s))
@@ -863,7 +863,7 @@ def load(run, path):
 
 @contextlib.contextmanager
 def locked(run, fresh=False):
-    """A run's folder, its own alone; and Ctrl-C and SIGTERM taken as: stop after this step."""
+    """A run's folder, its own alone."""
     try:
         run.out.mkdir(parents=True, exist_ok=True)
         lock = open(run.out / ".lock", "w")
@@ -880,6 +880,13 @@ def locked(run, fresh=False):
             for file in run.out.glob(name):
                 file.unlink()
     agree(0)        # all wait until the old checkpoints are gone
+    with lock:
+        yield
+
+
+@contextlib.contextmanager
+def patient(run):
+    """Ctrl-C and SIGTERM taken as: stop after this step. Elsewhere than in training they stop at once."""
     run.signals.clear()
     before = {sig: signal.signal(sig, lambda number, frame: run.signals.append(number))
               for sig in (signal.SIGINT, signal.SIGTERM)}
@@ -888,7 +895,8 @@ def locked(run, fresh=False):
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)
-        lock.close()
+    if run.signals:
+        raise Stop("stopped; the same command goes on from there", 128 + max(run.signals))
 
 
 def progress(what, point, rate, left, end):
@@ -1350,8 +1358,6 @@ def seeds(args):
                 load(run, run.out / "flags.pt")     # refuses those of other settings
             if not done or (args.compare and "compare" not in done):
                 (compare if args.compare else main_job)(run)
-            if run.signals:
-                raise Stop(f"stopped after seed {seed}; the same command goes on from there", 128 + max(run.signals))
         result = json.loads(path.read_text())
         result["loss"]["flags - control"] = result["loss"]["flags"] - result["loss"]["control"]
         results.append(leaves({key: result[key] for key in FIGURES if key in result}))
@@ -1529,7 +1535,7 @@ def bench(run):
 # ---------------------------------------------------------------------------- several processes
 
 def fit_all(jobs):
-    """fit(*job) for each job, and their logs.
+    """fit(*job) for each job, and their logs. Ctrl-C and SIGTERM stop after a step.
 
     For models of this size one CPU thread for each of two trainings does more than two threads for
     one. So, where memory is plenty, as many jobs as there are threads go on at once, each in a forked
@@ -1547,21 +1553,22 @@ def fit_all(jobs):
             fit(*job)
 
     waiting, going = list(jobs) if at_once > 1 else [], []
-    while waiting or going:
-        while waiting and len(going) < at_once:
-            going.append(multiprocessing.get_context("fork").Process(target=child, args=(waiting.pop(0),)))
-            going[-1].start()
-        time.sleep(0.1)
-        if run.signals:
-            waiting = []
-            for one in going:
-                one.terminate()
-        going = [one for one in going if one.is_alive()]
-    torch.set_num_threads(1 if at_once > 1 else threads)
-    try:
-        return [fit(*job) for job in jobs]
-    finally:
-        torch.set_num_threads(threads)
+    with patient(run):
+        while waiting or going:
+            while waiting and len(going) < at_once:
+                going.append(multiprocessing.get_context("fork").Process(target=child, args=(waiting.pop(0),)))
+                going[-1].start()
+            time.sleep(0.1)
+            if run.signals:
+                waiting = []
+                for one in going:
+                    one.terminate()
+            going = [one for one in going if one.is_alive()]
+        torch.set_num_threads(1 if at_once > 1 else threads)
+        try:
+            return [fit(*job) for job in jobs]
+        finally:
+            torch.set_num_threads(threads)
 
 
 def process():

@@ -618,6 +618,15 @@ def test_measuring_again_keeps_the_comparison(finished, tmp_path, monkeypatch):
     assert again["compare"] == {"flags": 1} and again["steer"] == finished[1]["steer"]
 
 
+def test_ctrl_c_while_measuring_stops_at_once(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    before = path.read_bytes()
+    monkeypatch.setattr(F, "steering", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    assert F.main(tiny(tmp_path)) == 128 + signal.SIGINT and path.read_bytes() == before
+    assert capsys.readouterr().err == "flags.py: stopped\n"
+
+
 def test_nobody_reads_the_output(monkeypatch):
     class Closed:
         isatty = lambda self: False
@@ -718,9 +727,9 @@ def train(prepared, folder, **changes):
     run = dataclasses.replace(prepared, out=folder, size=size)
     with F.locked(run):
         model = F.new_model(run)
-        F.fit(run, "base", model, 12)
+        F.fit_all([(run, "base", model, 12)])
         arm = F.install(run.flags, lambda step: (0.5, 0.5))
-        F.fit(run, "flags", model, 12, arm, lambda step: 2)
+        F.fit_all([(run, "flags", model, 12, arm, lambda step: 2)])
     return model.state_dict()
 
 
