@@ -157,28 +157,23 @@ def install(flags, supply):
     return arm
 
 
-def steer(flags, width, *segments):
+def steer(flags, width, start, values):
     """An edit for inference: the reader's choice overwrites the slice.
 
-    Each segment is (start (B,), values (B, K)): from position start[b] on, row b's flags are
-    values[b]. Later segments overrule earlier ones, so flags can be switched in mid-text.
+    From position start[b] on (start (B,), int64), row b's flags are values[b] (values (B, K)).
     """
-    def per_channel(values, elsewhere):                      # values (B, K or 1) -> (B, 1, C)
-        full = torch.full((len(values), 1, width), elsewhere, device=values.device)
-        full[..., flags.dims] = values[:, None].float()
-        return full
+    never = torch.iinfo(torch.int64).max
+    since = torch.full((len(values), 1, width), never, device=values.device)    # (B, 1, C), for each channel
+    what = torch.zeros(since.shape, device=values.device)
+    since[..., flags.dims] = start.to(values.device)[:, None, None]
+    what[..., flags.dims] = flags.height * values[:, None].float()
+    where = None
 
-    plan = [(per_channel(start.to(values.device)[:, None], math.inf), per_channel(flags.height * values, 0.0))
-            for start, values in segments]
-    now = []                                                # [(where, what)], the same for all layers
-
-    def edit(layer, x, pos):                                # x (B, T, C), pos (B, T)
-        if layer == flags.layer:                            # no position is beyond infinity
-            now[:] = [(pos[..., None] >= since.to(x.device), values.to(x)) for since, values in plan]
-        if layer >= flags.layer:
-            for where, values in now:
-                x = torch.where(where, values, x)
-        return x
+    def edit(layer, x, pos):                                # x (B, T, C), pos (B or 1, T)
+        nonlocal where, what
+        if layer == flags.layer:                            # the same for all layers
+            where, what = pos.unsqueeze(-1) >= since.to(x.device), what.to(x)
+        return torch.where(where, what, x) if layer >= flags.layer else x
     return edit
 
 
@@ -359,7 +354,7 @@ def write(run, model, prompts, values=None, by=None):
 
 
 def by_flags(run, model):
-    return lambda ids, values: (ids, steer(run.flags, model.config.n_embd, (last(ids), values)))
+    return lambda ids, values: (ids, steer(run.flags, model.config.n_embd, last(ids), values))
 
 
 def last(ids):
@@ -372,7 +367,10 @@ def switch(run, model, prompts, values, then):
     what follows the first sentence."""
     begin, values = last([run.ids(prompt) for prompt in prompts]), values.to(run.device)
     firsts = [first_sentence(text) for text in write(run, model, prompts, values)]
-    by = lambda ids, then: (ids, steer(run.flags, model.config.n_embd, (begin, values), (last(ids), then)))
+
+    def by(ids, then):
+        before, after = (steer(run.flags, model.config.n_embd, *what) for what in ((begin, values), (last(ids), then)))
+        return ids, lambda layer, x, pos: after(layer, before(layer, x, pos), pos)
     return write(run, model, [f"{prompt} {first}" for prompt, first in zip(prompts, firsts)], then, by)
 
 
@@ -1319,7 +1317,7 @@ def activations(run, model, part, values):
     for i, (prompt, ids, _, _) in enumerate(part):
         edit = None
         if values is not None:
-            edit = steer(run.flags, run.size.width, (torch.tensor([len(prompt) - 1]), values[i:i + 1]))
+            edit = steer(run.flags, run.size.width, torch.tensor([len(prompt) - 1]), values[i:i + 1])
         x = torch.cat(streams(model, torch.tensor([ids], device=run.device), edit)).cpu()     # (L, T, C)
         at_prompt.append(x[:, len(prompt) - 1])
         at_end.append(x[:, -1])
@@ -1451,10 +1449,20 @@ def bench(run):
     for name, with_arm in (("base", None), ("flags", arm), ("control", None)):
         train[name] = training(new_model(run), with_arm)
 
+    def learn(step, model, opts, steps):
+        """Seconds of a training of its own: all steps of a schedule, as `fit` has it."""
+        batches = [to(run.device, D.batch(run.train, i, s.batch, run.seed)) for i in range(steps)]
+        peaks, started = [opt.param_groups[0]["lr"] for opt in opts], time.perf_counter()
+        for i, batch in enumerate(batches):
+            for opt, peak in zip(opts, peaks):
+                opt.param_groups[0]["lr"] = peak * schedule(i, steps)
+            step(model, opts, batch, None)
+        return time.perf_counter() - started
+
     model, n = new_model(run).eval(), 64
     for B in (1, 64):
         ids = [run.ids(prompt) for prompt in (run.prompts.neutral * B)[:B]]
-        edit = steer(run.flags, s.width, (last(ids), torch.ones(B, len(run.data.concepts), device=run.device)))
+        edit = steer(run.flags, s.width, last(ids), torch.ones(B, len(run.data.concepts), device=run.device))
         writes[B, "free"] = lambda ids=ids: model.generate(ids, n, generator=rng(0))
         writes[B, "steered"] = lambda ids=ids, edit=edit: model.generate(ids, n, edit, generator=rng(0))
     try:
@@ -1462,10 +1470,11 @@ def bench(run):
     except ImportError:
         print("transformers is not installed (pip install transformers): no comparison with it")
     else:
-        theirs = GPT2LMHeadModel(GPT2Config(
+        shape = GPT2Config(
             vocab_size=model.config.vocab_size, n_positions=s.context, n_embd=s.width, n_layer=s.layers,
             n_head=s.heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-            bos_token_id=run.tok.end, eos_token_id=None, pad_token_id=run.tok.end)).to(run.device)
+            bos_token_id=run.tok.end, eos_token_id=None, pad_token_id=run.tok.end)
+        theirs = GPT2LMHeadModel(shape).to(run.device)
 
         def their_step(model, opts, batch, arm):
             labels = F.pad(batch.targets, (1, 0), value=-100)[:, :-1]       # they shift them back
@@ -1506,6 +1515,17 @@ def bench(run):
         hf = [r for key, r in speed.items() if key[0] == "transformers"]
         result["generate"][str(B)] = {"free": speed["free",], "steered": speed["steered",],
                                       "transformers": max(hf, default=None)}
+    if best:    # the two learn, theirs by twice the steps and with AdamW, as their Trainer has it
+        ours = new_model(run)
+        seconds = learn(train_step, ours, optimizers(ours, s, s.lr, s.embedding_lr), 100)
+        kind = max(("eager", "sdpa"), key=lambda kind: rate["transformers", kind])
+        theirs = GPT2LMHeadModel(shape).to(run.device)
+        theirs.set_attn_implementation(kind)
+        adamw = torch.optim.AdamW(theirs.parameters(), 5e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        more = learn(their_step, theirs, [adamw], 200)
+        their_logits = lambda idx, edit, at: theirs(input_ids=idx).logits[at]
+        result["learn"] = {"seconds": seconds, "loss": held_out(run, ours), "transformers_seconds": more,
+                           "transformers_loss": held_out(run, their_logits)}
     matrices = sum(p.numel() for p in model.blocks.parameters())
     heads = sum((b.targets >= 0).sum().item() for b in batches) / tokens * model.head.weight.numel()
     T = sum(b.idx.size(1) for b in batches) / len(batches)
@@ -1521,6 +1541,9 @@ def bench(run):
                                            for name, value in row.items() if value))
     print(f"  bfloat16 matmuls of these shapes reach {result['peak_gflops']:.0f} GFLOP/s; "
           f"training reaches {result['peak_share']:.0%} of that")
+    if best:
+        print("  learning: after 100 steps, {seconds:.1f} s, {loss:.2f} nats a token on held-out text; transformers with "
+              "AdamW after 200, {transformers_seconds:.1f} s, {transformers_loss:.2f}".format(**result["learn"]))
     result["growth"] = growth(run)
     print("\n  width  layers  context  batch   s a step  tokens/s  MB kept  ms a written token")
     for row in result["growth"]:
@@ -1914,7 +1937,7 @@ def show(model, tok, names, flags, prompt, on, off, seed, count=3):
         edit = None
         if values is not None:
             start = torch.full((count,), len(ids) - 1)
-            edit = steer(flags, model.config.n_embd, (start, values.expand(count, -1)))
+            edit = steer(flags, model.config.n_embd, start, values.expand(count, -1))
         print(paint(title, True))
         for text in model.generate([ids] * count, room, edit, stop=tok.end, generator=rng(seed)):
             print("  " + tok.decode(text).strip())

@@ -51,15 +51,29 @@ class Config:
         self.out_bias = self.bias if self.out_bias is None else self.out_bias
 
 
+# nn.Module looks for hooks at each call, which takes a tenth of a written token. Nobody hangs any on these.
+class Linear(nn.Linear):
+    __call__ = nn.Linear.forward
+
+
+class Embedding(nn.Embedding):
+    __call__ = nn.Embedding.forward
+
+
+class LayerNorm(nn.LayerNorm):
+    __call__ = nn.LayerNorm.forward
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):       # torch wants one dtype here, and autocast does not see to that
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+    __call__ = forward
 
 
 def make_norm(c):
     if c.norm == "rms":
         return RMSNorm(c.n_embd, eps=c.norm_eps)
-    return nn.LayerNorm(c.n_embd, eps=c.norm_eps, bias=c.bias)
+    return LayerNorm(c.n_embd, eps=c.norm_eps, bias=c.bias)
 
 
 def attend(q, k, v, bias):
@@ -69,7 +83,7 @@ def attend(q, k, v, bias):
     Torch's fused kernel is fastest, but on a CPU its backward is slow at short lengths: there two
     matmuls with a float32 softmax between them train faster.
     """
-    if q.is_cuda or q.size(-2) > 256 or bias is None:
+    if bias is None or q.is_cuda or q.size(-2) > 256:
         return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)             # (B, H, T, S)
     return (scores + bias).softmax(-1).to(v.dtype) @ v                  # (B, H, T, D)
@@ -80,8 +94,8 @@ class Attention(nn.Module):
         super().__init__()
         self.sizes = [c.n_head, c.n_kv_head, c.n_kv_head]
         self.head_dim = c.head_dim
-        self.qkv = nn.Linear(c.n_embd, sum(self.sizes) * c.head_dim, bias=c.qkv_bias)
-        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
+        self.qkv = Linear(c.n_embd, sum(self.sizes) * c.head_dim, bias=c.qkv_bias)
+        self.out = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
 
     def forward(self, x, bias, angles, cache):
         B, T, _ = x.shape
@@ -95,14 +109,15 @@ class Attention(nn.Module):
             k, v = (a.repeat_interleave(q.size(1) // a.size(1), dim=1) for a in (k, v))
         y = attend(q, k, v, bias)                                           # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))                # (B, T, C)
+    __call__ = forward
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.kind = c.mlp
-        self.up = nn.Linear(c.n_embd, c.n_hidden * (2 if c.mlp == "swiglu" else 1), bias=c.bias)
-        self.down = nn.Linear(c.n_hidden, c.n_embd, bias=c.bias)
+        self.up = Linear(c.n_embd, c.n_hidden * (2 if c.mlp == "swiglu" else 1), bias=c.bias)
+        self.down = Linear(c.n_hidden, c.n_embd, bias=c.bias)
 
     def forward(self, x):
         h = self.up(x)                                                      # (B, T, n_hidden)
@@ -110,8 +125,9 @@ class MLP(nn.Module):
             gate, h = h.chunk(2, dim=-1)
             h = F.silu(gate) * h
         else:
-            h = F.relu(h).square() if self.kind == "relu2" else F.gelu(h, approximate="tanh")
+            h = h.relu().square() if self.kind == "relu2" else F.gelu(h, approximate="tanh")
         return self.down(h)
+    __call__ = forward
 
 
 class Block(nn.Module):
@@ -169,26 +185,28 @@ class Cache:
         self.before = torch.arange(size, device=pad.device) < self.pad      # (B, size): the padding
         self.ragged = bool(pad.any())
 
-    def append(self, *kv):
-        """Store keys and values, each (B, Hkv, T, D), of the next layer; return all so far (B, Hkv, S, D)."""
-        i, n, (B, H, T, D) = self.layer, self.length, kv[0].shape
+    def append(self, k, v):
+        """Store k and v (B, Hkv, T, D) of the next layer; return all so far, each (B, Hkv, S, D)."""
+        i, n, (B, H, T, D) = self.layer, self.length, k.shape
         if self.kv[i] is None:
-            self.kv[i] = [new.new_empty(B, H, self.size, D) for new in kv]
-        for old, new in zip(self.kv[i], kv):
-            old.narrow(2, n, T).copy_(new)
+            self.kv[i] = k.new_empty(B, H, self.size, D), v.new_empty(B, H, self.size, D)
+        keys, values = self.kv[i]
+        keys.narrow(2, n, T).copy_(k)
+        values.narrow(2, n, T).copy_(v)
         self.layer = (i + 1) % self.n_layer
         if self.layer == 0:
             self.length += T
-        return [old.narrow(2, 0, n + T) for old in self.kv[i]]
+        return keys.narrow(2, 0, n + T), values.narrow(2, 0, n + T)
 
 
-def positions(T, cache, device):
+def positions(T, context, cache, device):
     """Absolute positions (B or 1, T) of the next T tokens, and the bias of their attention."""
     past = cache.length if cache else 0
     slot = torch.arange(past, past + T, device=device)                      # (T,)
-    pos = (slot - cache.pad).clamp(min=0) if cache else slot[None]          # (B or 1, T)
     if T == 1 and cache and not cache.ragged:
-        return pos, None
+        return slot[None], None
+    pos = slot - cache.pad if cache else slot[None]                         # (B or 1, T)
+    pos = pos.clamp(0, context - 1)             # outside is padding, or what `generate` cuts off
     hidden = torch.arange(past + T, device=device) > slot[:, None]          # (T, S): the future
     if cache:   # a padding query sees itself, lest its softmax have nothing to sum over
         before = cache.before[:, None, :past + T] & (slot[:, None] >= cache.pad[:, None])
@@ -201,12 +219,12 @@ class GPT(nn.Module):
         super().__init__()
         c = self.config = config
         self.checkpoint = False     # True: keep one activation a layer in training, redo the rest
-        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wte = Embedding(c.vocab_size, c.n_embd)
         if c.rope is None:
-            self.wpe = nn.Embedding(c.context, c.n_embd)
+            self.wpe = Embedding(c.context, c.n_embd)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = make_norm(c)
-        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.head = Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.wte.weight
         for name, p in self.named_parameters():     # GPT-2's initialization
@@ -219,11 +237,11 @@ class GPT(nn.Module):
     def stream(self, idx, edit=None, cache=None):
         """The final residual stream (B, T, C), normed, of token ids idx (B, T)."""
         past = cache.length if cache else 0
-        pos, bias = positions(idx.size(1), cache, idx.device)
+        pos, bias = positions(idx.size(1), self.config.context, cache, idx.device)
         angles = rotary(self.config, pos, past + idx.size(1)) if self.config.rope else None
         x = self.wte(idx)                                                       # (B, T, C)
         if angles is None:
-            x = x + self.wpe(pos.clamp(max=self.config.context - 1))    # beyond: see `generate`
+            x = x + self.wpe(pos)
         if torch.is_autocast_enabled(idx.device.type):      # half the memory traffic
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         for layer, block in enumerate(self.blocks, start=1):

@@ -56,7 +56,7 @@ def streams(model, idx, edit=None):
 def test_steering_changes_exactly_the_flags(model):
     idx, start = torch.randint(50, (2, 9)), torch.tensor([3, 6])
     values = torch.tensor([[1., 0., 1.], [0., 1., 0.]])
-    free, set_ = streams(model, idx), streams(model, idx, F.steer(FLAGS, C, (start, values)))
+    free, set_ = streams(model, idx), streams(model, idx, F.steer(FLAGS, C, start, values))
     assert torch.equal(free[0], set_[0])                    # layer 1 is before k = 2: bit-equal
     at_k = set_[1]
     for b in range(2):
@@ -75,8 +75,7 @@ def test_writing_back_the_models_own_flags_changes_nothing(model):
 
     def rewrite(layer, x, pos):
         for t in range(9):
-            edit = F.steer(FLAGS, C, (torch.tensor([t]), own[layer - 1][:, t]))
-            x = edit(layer, x, pos)
+            x = F.steer(F.Flags(layer, FLAGS.dims, H), C, torch.tensor([t]), own[layer - 1][:, t])(layer, x, pos)
         return x
     with torch.no_grad():
         assert torch.equal(model(idx, rewrite), model(idx))
@@ -84,8 +83,8 @@ def test_writing_back_the_models_own_flags_changes_nothing(model):
 
 def test_flags_switch_in_mid_text(model):
     idx, a, b = torch.randint(50, (1, 8)), torch.tensor([[1., 0., 0.]]), torch.tensor([[0., 0., 1.]])
-    edit = F.steer(FLAGS, C, (torch.tensor([2]), a), (torch.tensor([5]), b))
-    for x in streams(model, idx, edit)[1:]:
+    before, after = F.steer(FLAGS, C, torch.tensor([2]), a), F.steer(FLAGS, C, torch.tensor([5]), b)
+    for x in streams(model, idx, lambda layer, x, pos: after(layer, before(layer, x, pos), pos))[1:]:
         assert torch.equal(x[0, 2:5, 13:], H * a.expand(3, K)) and torch.equal(x[0, 5:, 13:], H * b.expand(3, K))
 
 
@@ -93,7 +92,7 @@ def test_scattered_dims(model):
     flags = F.Flags(1, [7, 0, 4])
     assert flags.at == [7, 0, 4] and FLAGS.at == slice(13, 16)
     x = streams(model, torch.randint(50, (1, 4)),
-                F.steer(flags, C, (torch.tensor([0]), torch.tensor([[1., 2., 3.]]))))[0]
+                F.steer(flags, C, torch.tensor([0]), torch.tensor([[1., 2., 3.]])))[0]
     assert x[0, :, 7].eq(1).all() and x[0, :, 0].eq(2).all() and x[0, :, 4].eq(3).all()
 
 
@@ -104,7 +103,7 @@ def test_flags_are_read_at_the_last_token_after_block_k(model):
 
 
 def test_values_need_not_be_where_the_stream_is():
-    edit = F.steer(FLAGS, C, (torch.tensor([0]), torch.ones(1, K)))
+    edit = F.steer(FLAGS, C, torch.tensor([0]), torch.ones(1, K))
     x = torch.zeros(1, 4, C, device="meta", dtype=torch.bfloat16)
     assert edit(2, x, torch.zeros(1, 4, device="meta")).dtype == torch.bfloat16
 
@@ -117,7 +116,7 @@ SET = torch.eye(3) * 3
 
 def steered(prompts):
     start = torch.tensor([len(p) - 1 for p in prompts])
-    return F.steer(FLAGS, C, (start, SET[:len(prompts)]))
+    return F.steer(FLAGS, C, start, SET[:len(prompts)])
 
 
 def uncached(model, prompt, n, edit, temperature, generator):
@@ -134,7 +133,7 @@ def uncached(model, prompt, n, edit, temperature, generator):
 def test_cached_ragged_decoding_equals_uncached(model, set_):
     together = model.generate(PROMPTS, 20, steered(PROMPTS) if set_ else None, temperature=0)
     for b, prompt in enumerate(PROMPTS):
-        edit = F.steer(FLAGS, C, (torch.tensor([len(prompt) - 1]), SET[b:b + 1])) if set_ else None
+        edit = F.steer(FLAGS, C, torch.tensor([len(prompt) - 1]), SET[b:b + 1]) if set_ else None
         assert together[b] == uncached(model, prompt, 20, edit, 0, None)
 
 
