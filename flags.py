@@ -144,13 +144,13 @@ def install(flags, supply):
         p, bare = supply(step)
         supplied = chance < torch.where(no_prompt, bare, p)
         write = on & supplied[:, None, None]                # (B, T, 1)
-        y, losses = y[:, None], []                          # (B, 1, K)
+        y, n, losses = y[:, None], on.sum() * y.size(-1), []        # (B, 1, K); flags, of which the loss is the mean
 
         def edit(layer, x, pos):                            # x (B, T, C)
             if layer < flags.layer:
                 return x
             own = x[..., flags.at]                          # read: (B, T, K)
-            losses.append(((own / flags.height - y) ** 2 * on).sum() / (on.sum() * y.size(-1)))
+            losses.append(((own / flags.height - y) ** 2 * on).sum() / n)
             x[..., flags.at] = torch.where(write, flags.height * y.to(x.dtype), own)
             return x                                        # write: where supplied the slice is now y
         return edit, lambda: sum(losses) / len(losses)      # mean over the layers >= k
