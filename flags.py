@@ -160,20 +160,21 @@ def install(flags, supply):
 def steer(flags, width, start, values):
     """An edit for inference: the reader's choice overwrites the slice.
 
-    From position start[b] on (start (B,), int64), row b's flags are values[b] (values (B, K)).
+    From position start[b] on (start (B,), int64), row b's flags are values[b] (values (B, K)). To switch
+    them in mid-text, let one such edit follow another: see `switch`.
     """
     never = torch.iinfo(torch.int64).max
     since = torch.full((len(values), 1, width), never, device=values.device)    # (B, 1, C), for each channel
     what = torch.zeros(since.shape, device=values.device)
     since[..., flags.dims] = start.to(values.device)[:, None, None]
     what[..., flags.dims] = flags.height * values[:, None].float()
-    where = None
+    now = None                                              # (where, what): the same for all layers
 
     def edit(layer, x, pos):                                # x (B, T, C), pos (B or 1, T)
-        nonlocal where, what
-        if layer == flags.layer:                            # the same for all layers
-            where, what = pos.unsqueeze(-1) >= since.to(x.device), what.to(x)
-        return torch.where(where, what, x) if layer >= flags.layer else x
+        nonlocal now
+        if layer == flags.layer:
+            now = pos.unsqueeze(-1) >= since.to(x.device), what.to(x)
+        return torch.where(*now, x) if layer >= flags.layer else x
     return edit
 
 
