@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -81,10 +82,14 @@ def test_writing_back_the_models_own_flags_changes_nothing(model):
         assert torch.equal(model(idx, rewrite), model(idx))
 
 
-def test_flags_switch_in_mid_text(model):
-    idx, a, b = torch.randint(50, (1, 8)), torch.tensor([[1., 0., 0.]]), torch.tensor([[0., 0., 1.]])
-    before, after = F.steer(FLAGS, C, torch.tensor([2]), a), F.steer(FLAGS, C, torch.tensor([5]), b)
-    for x in streams(model, idx, lambda layer, x, pos: after(layer, before(layer, x, pos), pos))[1:]:
+def test_flags_switch_in_mid_text(model, monkeypatch):
+    idx, a, b, asked = torch.randint(50, (1, 8)), torch.tensor([[1., 0., 0.]]), torch.tensor([[0., 0., 1.]]), []
+    monkeypatch.setattr(F, "write", lambda *args: asked.append(args) or ["First. Second."])
+    run = types.SimpleNamespace(flags=FLAGS, device="cpu", ids=lambda prompt: prompt.split())
+    F.switch(run, model, ["a short prompt"], a, b)
+    assert [args[2] for args in asked] == [["a short prompt"], ["a short prompt First."]]
+    _, edit = asked[1][4]([[0] * 6], b)                     # of which the last is position 5
+    for x in streams(model, idx, edit)[1:]:
         assert torch.equal(x[0, 2:5, 13:], H * a.expand(3, K)) and torch.equal(x[0, 5:, 13:], H * b.expand(3, K))
 
 
