@@ -631,6 +631,33 @@ def test_ctrl_c_while_measuring_stops_at_once(finished, tmp_path, monkeypatch, c
     assert capsys.readouterr().err == "flags.py: stopped\n"
 
 
+@pytest.mark.parametrize("beside", ["nothing", "transformers, for real"])
+def test_the_bench_says_what_it_measured(prepared, tmp_path, monkeypatch, beside, capsys):
+    if beside == "nothing":
+        monkeypatch.setitem(sys.modules, "transformers", None)      # as if it were not installed
+    else:
+        pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(F, "growth", lambda run: [])
+
+    def rounds(jobs, count):    # each is done once, and is said to have taken half a second, with flags a whole one
+        for job in jobs.values():
+            job()
+        return {name: 1.0 if name == "flags" or "steered" in name else 2.0 if "eager" in name else 0.5 for name in jobs}
+    monkeypatch.setattr(F, "rounds", rounds)
+    F.bench(prepared)
+    result, printed = json.loads(Path("out/bench.json").read_text()), capsys.readouterr().out
+    tokens = sum(D.batch(prepared.train, step, 16, prepared.seed).idx.numel() for step in range(8))
+    for rates, rate in [(result["train"], tokens / 0.5), (result["generate"]["1"], 64 / 0.5),
+                        (result["generate"]["64"], 64 * 64 / 0.5)]:
+        assert rates.pop("transformers") == (None if beside == "nothing" else rate)      # of the faster attention
+        assert all(found == (rate / 2 if name in ("flags", "steered") else rate) for name, found in rates.items())
+    if beside == "nothing":
+        assert "transformers is not installed" in printed and "learn" not in result
+    else:
+        assert max(result["learn"]["loss"], result["learn"]["transformers_loss"]) < math.log(512)
+
+
 def test_nobody_reads_the_output(monkeypatch):
     class Closed:
         isatty = lambda self: False
