@@ -144,16 +144,19 @@ def install(flags, supply):
         p, bare = supply(step)
         supplied = chance < torch.where(no_prompt, bare, p)
         write = on & supplied[:, None, None]                # (B, T, 1)
-        y, n, losses = y[:, None], on.sum() * y.size(-1), []        # (B, 1, K); flags, of which the loss is the mean
+        y, made = y[:, None], []                            # (B, 1, K)
 
         def edit(layer, x, pos):                            # x (B, T, C)
             if layer < flags.layer:
                 return x
             own = x[..., flags.at]                          # read: (B, T, K)
-            losses.append(((own / flags.height - y) ** 2 * on).sum() / n)
+            made.append(own / flags.height)
             x[..., flags.at] = torch.where(write, flags.height * y.to(x.dtype), own)
             return x                                        # write: where supplied the slice is now y
-        return edit, lambda: sum(losses) / len(losses)      # mean over the layers >= k
+
+        def flag_loss():                                    # over the flag positions of all layers >= k
+            return ((torch.stack(made) - y) ** 2 * on).sum() / (on.sum() * y.size(-1)) / len(made)
+        return edit, flag_loss
     return arm
 
 
@@ -262,7 +265,8 @@ def fit(run, name, model, steps, arm=None, stage=None):
     arm(step, batch) -> (edit, flag_loss or None); no arm: the language-modelling loss alone.
     stage(step) says what the log calls a step's stage, by default `name`.
     Checkpoints go to run.out/name.pt. A run that was stopped is taken up where it was, to the same
-    bits: batches, supply and measurements are functions of the seed and the step.
+    bits: batches, supply and measurements are functions of the seed and the step. For one process
+    spread() is the model, twice, and gather(), settle() and agree() do nothing.
     """
     s, file = run.size, run.out / f"{name}.pt"
     rates = ((s.lr, s.embedding_lr) if name == "base" else (s.finetune_lr, s.finetune_embedding_lr))
