@@ -1412,7 +1412,8 @@ def matmul_peak(s, tokens, device):
 
 def growth(run):
     """How a training step and a written token grow with width, layers, context and batch: a list of
-    dicts. Memory is what the forward pass keeps for the backward pass."""
+    dicts. Memory is what the forward pass keeps for the backward pass; a written token is one of 32
+    behind half a context, without the time to read that."""
     s, rows = run.size, []
     plain = {"width": s.width, "layers": s.layers, "context": 64, "batch": s.batch}
     changes = [{}, {"width": 256}, {"width": 512}, {"layers": 8}, {"layers": 16}, {"batch": 256},
@@ -1433,9 +1434,10 @@ def growth(run):
         opts = optimizers(model, s, 1e-3, 1e-3)
         seconds = rounds({0: lambda: train_step(model, opts, batch)}, 3)[0]
         prompt = [[1] * (c["context"] // 2)]
-        written = rounds({0: lambda: model.generate(prompt, 32)}, 3)[0] / 32
+        took = rounds({n: lambda n=n: model.generate(prompt, n) for n in (1, 33)}, 3)
         rows.append(c | {"seconds": seconds, "tokens_per_second": idx.numel() / seconds,
-                         "megabytes": sum(kept.values()) / 1e6, "ms_per_written_token": 1e3 * written})
+                         "megabytes": sum(kept.values()) / 1e6,
+                         "ms_per_written_token": 1e3 * (took[33] - took[1]) / 32})
     return rows
 
 
@@ -1547,8 +1549,9 @@ def bench(run):
     print(f"  bfloat16 matmuls of these shapes reach {result['peak_gflops']:.0f} GFLOP/s; "
           f"training reaches {result['peak_share']:.0%} of that")
     if best:
-        print("  learning: after 100 steps, {seconds:.1f} s, {loss:.2f} nats a token on held-out text; transformers with "
-              "AdamW after 200, {transformers_seconds:.1f} s, {transformers_loss:.2f}".format(**result["learn"]))
+        print("  learning: {loss:.2f} nats a token on held-out text after 100 steps, {seconds:.1f} s; transformers with "
+              "AdamW {transformers_loss:.2f} after 200, {transformers_seconds:.1f} s, {longer:.2f} times as long".format(
+                  **result["learn"], longer=result["learn"]["transformers_seconds"] / result["learn"]["seconds"]))
     result["growth"] = growth(run)
     print("\n  width  layers  context  batch   s a step  tokens/s  MB kept  ms a written token")
     for row in result["growth"]:
@@ -1699,6 +1702,8 @@ def update(opt, step):
 
 def take_over(args, s):
     """--init: the model and the tokenizer in a folder, and the sizes that follow from them."""
+    if not (Path(args.init) / "config.json").is_file():
+        raise ValueError(f"there is no config.json in {args.init}; --init wants a Hugging Face folder, as --export writes")
     try:
         base, tok = GPT.from_pretrained(args.init, s.context), D.load_tokenizer(args.init)
     except (OSError, ImportError):
@@ -2007,10 +2012,7 @@ def parser():
 
 
 def natural(text, least=0):
-    number = int(text)
-    if not least <= number < 2 ** 63:
-        raise ValueError
-    return number
+    return checked(int, text, lambda number: least <= number < 2 ** 63, f"a whole number from {least} to 2**63 - 1")
 
 
 def counted(text):
@@ -2022,10 +2024,14 @@ def some(text):
 
 
 def positive(text):
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise ValueError
-    return number
+    return checked(float, text, lambda number: 0 < number < math.inf, "a number above 0")
+
+
+def checked(kind, text, good, wanted):
+    with contextlib.suppress(ValueError):
+        if good(number := kind(text)):
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
 
 def main(argv=None):
@@ -2081,8 +2087,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("flags.py: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
-    except OSError as error:
-        print(f"flags.py: {error}", file=sys.stderr)
+    except OSError as error:        # a full disk does not say of which file
+        print(f"flags.py: {error}" + ("" if error.filename else f", in {out_folder(args)}"), file=sys.stderr)
         return 2
     return 0
 

@@ -739,12 +739,17 @@ def test_bad_command_lines(tmp_path, capsys, more, message):
     assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("more", [["--size", "huge"], ["--seeds", "0"], ["--seed", "-1"], ["--seed", "x"], ["--flags", "x"],
-                                  ["--compare", "--probe"], ["--seed", "9" * 20], ["--steer", "x", "--export", "y"]])
-def test_bad_options(more, capsys):
+@pytest.mark.parametrize("more, message", [
+    (["--size", "huge"], "choose from"), (["--seeds", "0"], "'0' is not a whole number from 1"),
+    (["--seed", "-1"], "'-1' is not a whole number from 0"), (["--seed", "x"], "'x' is not a whole number"),
+    (["--flags", "1.5"], "'1.5' is not"), (["--seed", "9" * 20], "is not a whole number"), (["--micro", "0"], "'0' is not"),
+    (["--lr", "nan"], "'nan' is not a number above 0"), (["--compare", "--probe"], "not allowed with"),
+    (["--steer", "x", "--export", "y"], "not allowed with")])
+def test_bad_options(more, message, capsys):
     with pytest.raises(SystemExit) as stop:
         F.main(more)
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
 @pytest.fixture
@@ -924,6 +929,18 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
             F.save(tmp_path / "x.pt", {"a": 2})
     assert torch.load(tmp_path / "x.pt", weights_only=True) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_full_disk_while_measuring_is_one_line(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    before = path.read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_text", full)
+    assert F.main(tiny(tmp_path)) == 2 and path.read_bytes() == before
+    assert capsys.readouterr().err == f"flags.py: [Errno 28] No space left on device, in {tmp_path / 'run'}\n"
 
 
 def test_two_runs_into_one_folder(prepared, tmp_path):
