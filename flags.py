@@ -25,7 +25,6 @@ import copy
 import ctypes
 import dataclasses
 import datetime
-import fcntl
 import json
 import math
 import multiprocessing
@@ -53,6 +52,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 import data as D
 from model import GPT, Config
+
+try:
+    import fcntl
+except ImportError:     # Windows: nothing keeps a second run out of a folder
+    fcntl = None
 
 
 @dataclass
@@ -870,7 +874,7 @@ def locked(run, fresh=False):
     try:
         run.out.mkdir(parents=True, exist_ok=True)
         lock = open(run.out / ".lock", "w")
-        if process()[0] == 0:
+        if fcntl and process()[0] == 0:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Stop(f"another run is writing to {run.out}; wait for it, or use --out DIR")
@@ -1809,8 +1813,10 @@ def fit_memory(run, model):
     N, device = process()[1], run.device
     if device.type == "cuda":
         room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
-    else:
+    elif hasattr(os, "sysconf"):
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 if device.type == "mps" else N)
+    else:       # Windows does not say
+        room = math.inf
     rows = min(run.micro or run.size.batch, -(-run.size.batch // N))
     length = max(len(row.prompt) + len(row.text) - 1 for row in run.train)
     run.tight = sum(needs(model, rows, length, run.top).values()) > room / 10

@@ -949,6 +949,18 @@ def test_two_runs_into_one_folder(prepared, tmp_path):
         pass
 
 
+def test_where_there_are_no_locks(prepared, tmp_path, monkeypatch):
+    """As on Windows, where the memory is unknown as well."""
+    code = "import sys; sys.modules['fcntl'] = None; import flags; assert flags.fcntl is None"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(F.__file__).parent)
+    run = dataclasses.replace(prepared, out=tmp_path)
+    monkeypatch.setattr(F, "fcntl", None)
+    monkeypatch.delattr(os, "sysconf")
+    with F.locked(run):
+        F.fit_memory(run, F.new_model(run))
+    assert not run.tight
+
+
 def test_fresh_leaves_no_old_model(prepared, tmp_path):
     for name in ("base.pt", "routing.pt", "layer-2.pt", "relearn-flags.pt", "results.json", "mine.pt"):
         (tmp_path / name).write_text("old")
