@@ -996,7 +996,8 @@ def draw(run, logs, matrix, model):
     fig.colorbar(image, label="share of concept words")
     keep(fig, "matrix.png")
 
-    rows = run.test[:3]
+    of, p = {e.prompt: row for e, row in zip(run.data.test, run.test)}, run.prompts
+    rows = [of[kind[0]] for kind in (p.cued, p.double, p.neutral) if kind and kind[0] in of]    # the first of each kind
     fig, axes = figure(len(rows), 1, (14, 4.2 * len(rows)))
     for ax, row in zip(axes.flat, rows):
         ids = (row.prompt + row.text)[:-1]
@@ -1312,7 +1313,7 @@ def probe(run):
             panels.setdefault((where, view), []).append((name, *series(line, "accuracy", x="layer"), "o-"))
             rows += line
     write_file(run.out / "probe.json", json.dumps(rows, indent=1))
-    panels = [(lines, dict(title=view, xlabel="layer", ylabel=where, ylim=(0, 1.02)))
+    panels = [(lines, dict(title=view, xlabel="layer", ylabel=where, ylim=(0, 1.02), xticks=range(1, s.layers + 1)))
               for (where, view), lines in panels.items()]
     curves(run.out / "probe.png", panels[:len(views)], panels[len(views):])
     print(f"Wrote {run.out / 'probe.json'}, {run.out / 'probe.png'}")
