@@ -1391,7 +1391,7 @@ def leaves(tree, path=""):
 # ---------------------------------------------------------------------------- speed: --bench
 
 def rounds(jobs, count):
-    """Median seconds of each job; they take turns, so that a noisy machine is noisy for all."""
+    """Seconds of each job in `count` turns, (count,); they take turns, so that a noisy machine is noisy for all."""
     times = {name: [] for name in jobs}
     for turn in range(count + 1):
         for name, job in jobs.items():
@@ -1401,7 +1401,7 @@ def rounds(jobs, count):
                 torch.cuda.synchronize()
             if turn:        # the first turn warms up
                 times[name].append(time.perf_counter() - started)
-    return {name: float(np.median(t)) for name, t in times.items()}
+    return {name: np.array(t) for name, t in times.items()}
 
 
 def matmul_peak(s, tokens, device):
@@ -1412,7 +1412,7 @@ def matmul_peak(s, tokens, device):
         x, w = (torch.randn(n, a, device=device).bfloat16() for n in (tokens, b))
         jobs[a, b] = lambda x=x, w=w: [F.linear(x, w) for _ in range(20)]
         work[a, b] = 20 * 2 * tokens * a * b
-    return max(work[shape] / seconds for shape, seconds in rounds(jobs, 5).items()) / 1e9
+    return max(work[shape] / np.median(seconds) for shape, seconds in rounds(jobs, 5).items()) / 1e9
 
 
 def growth(run):
@@ -1437,12 +1437,13 @@ def growth(run):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             lm_loss(model, batch)
         opts = optimizers(model, s, 1e-3, 1e-3)
-        seconds = rounds({0: lambda: train_step(model, opts, batch)}, 3)[0]
+        seconds = np.median(rounds({0: lambda: train_step(model, opts, batch)}, 3)[0])
         prompt = [[1] * (c["context"] // 2)]
         took = rounds({n: lambda n=n: model.generate(prompt, n) for n in (1, 33)}, 3)
+        written = np.median(took[33] - took[1]) / 32
         rows.append(c | {"seconds": seconds, "tokens_per_second": idx.numel() / seconds,
                          "megabytes": sum(kept.values()) / 1e6,
-                         "ms_per_written_token": 1e3 * (took[33] - took[1]) / 32})
+                         "ms_per_written_token": 1e3 * written})
     return rows
 
 
@@ -1517,13 +1518,16 @@ def bench(run):
                                     do_sample=True, temperature=0.8, top_k=0))
 
     trained, written = rounds(train, 9), rounds(writes, 25)
-    rate = {name: tokens / seconds for name, seconds in trained.items()}
+    cost = lambda flagged, free: float(np.median(flagged / free)) - 1       # turn by turn: a slow hour is slow for both
+    rate = {name: tokens / np.median(seconds) for name, seconds in trained.items()}
     best = max((rate.get(("transformers", kind)) for kind in ("eager", "sdpa")), key=lambda r: r or 0)
     result = {"train": {**{k: rate[k] for k in ("base", "flags", "control")}, "transformers": best},
               "generate": {}, "peak_gflops": matmul_peak(s, tokens // len(batches), run.device),
+              "flags_cost": {"train": cost(trained["flags"], trained["base"])},
               "threads": torch.get_num_threads(), "torch": torch.__version__}
     for B in (1, 64):
-        speed = {key[1:]: B * n / seconds for key, seconds in written.items() if key[0] == B}
+        result["flags_cost"][str(B)] = cost(written[B, "steered"], written[B, "free"])
+        speed = {key[1:]: B * n / np.median(seconds) for key, seconds in written.items() if key[0] == B}
         hf = [r for key, r in speed.items() if key[0] == "transformers"]
         result["generate"][str(B)] = {"free": speed["free",], "steered": speed["steered",],
                                       "transformers": max(hf, default=None)}
@@ -1551,6 +1555,8 @@ def bench(run):
         unit = next(iter(row.values()))
         print(f"  {title:18s}" + "  ".join(f"{name} {value:,.0f} ({value / unit:.2f})"
                                            for name, value in row.items() if value))
+    whats = "training", "writing one text", "writing 64"
+    print("  flags cost " + ", ".join(f"{share:.1%} of {what}" for what, share in zip(whats, result["flags_cost"].values())))
     print(f"  bfloat16 matmuls of these shapes reach {result['peak_gflops']:.0f} GFLOP/s; "
           f"training reaches {result['peak_share']:.0%} of that")
     if best:

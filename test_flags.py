@@ -17,6 +17,7 @@ import types
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -643,7 +644,8 @@ def test_the_bench_says_what_it_measured(prepared, tmp_path, monkeypatch, beside
     def rounds(jobs, count):    # each is done once, and is said to have taken half a second, with flags a whole one
         for job in jobs.values():
             job()
-        return {name: 1.0 if name == "flags" or "steered" in name else 2.0 if "eager" in name else 0.5 for name in jobs}
+        return {name: np.array([1.0 if name == "flags" or "steered" in name else 2.0 if "eager" in name else 0.5] * count)
+                for name in jobs}
     monkeypatch.setattr(F, "rounds", rounds)
     F.bench(prepared)
     result, printed = json.loads(Path("out/bench.json").read_text()), capsys.readouterr().out
@@ -652,6 +654,7 @@ def test_the_bench_says_what_it_measured(prepared, tmp_path, monkeypatch, beside
                         (result["generate"]["64"], 64 * 64 / 0.5)]:
         assert rates.pop("transformers") == (None if beside == "nothing" else rate)      # of the faster attention
         assert all(found == (rate / 2 if name in ("flags", "steered") else rate) for name, found in rates.items())
+    assert result["flags_cost"] == {"train": 1, "1": 1, "64": 1} and "flags cost 100.0% of training" in printed
     if beside == "nothing":
         assert "transformers is not installed" in printed and "learn" not in result
     else:
