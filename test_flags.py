@@ -437,11 +437,89 @@ def test_statistics_by_hand():
     assert F.hot(4, [1, 2], [3, 0]).tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]]
 
 
-# ---------------------------------------------------------------------------- baselines and probes
-
 @pytest.fixture(scope="module")
 def prepared():
     return F.prepare(F.parser().parse_args(["--size", "tiny"]))
+
+
+def test_prompts_of_each_kind(prepared):
+    data, p = prepared.data, F.choose(prepared, 30)
+    told = lambda prompt: {data.concepts.index(c) for c in D.content(prompt, data.words)}
+    assert len(p.cued) == len(p.neutral) == 30 and 5 < len(p.double) == len(p.pairs)
+    assert [told(prompt) for prompt in p.cued] == [{a} for a in p.a] and all(a != b for a, b in zip(p.a, p.b, strict=True))
+    assert [told(prompt) for prompt in p.double] == [set(pair) for pair in p.pairs]
+    assert not any(map(told, p.neutral))
+    assert all(len(set(kind)) == len(kind) for kind in (p.cued, p.neutral, p.double))
+    assert not set(p.cued + p.neutral + p.double) & {e.prompt for e in data.train}
+    assert F.choose(prepared, 30) == p != F.choose(dataclasses.replace(prepared, seed=1), 30)
+
+
+# Writers of whom it is known what they make of what the prompt told and the flags say (None: they are free).
+WRITERS = {
+    "obedient": lambda told, flags: told if flags is None else flags,
+    "stubborn": lambda told, flags: told,
+    "mixed": lambda told, flags: told if flags is None else 3 * flags + told,
+    "leaky": lambda told, flags: told if flags is None else 3 * flags + [min({*range(16)} - {*flags})],
+}
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Texts are by a WRITER, whose name stands for the model: a word for each concept."""
+    def write(run, model, prompts, values=None, by=None):
+        names, words = run.data.concepts, {concept: word for word, concept in run.data.words.items()}
+        flags = [None] * len(prompts) if values is None else [row.nonzero().flatten().tolist() for row in values]
+        told = [[names.index(c) for c in D.content(prompt, run.data.words)] for prompt in prompts]
+        return [" ".join(words[names[i]] for i in WRITERS[model](*what)) + "." for what in zip(told, flags)]
+    monkeypatch.setattr(F, "write", write)
+
+
+@pytest.mark.parametrize("writer, wanted", [
+    ("obedient", dict(neutral=1, leak=0, conflict=1, kept=0, suppress=1, compose2=1, compose3=1, switch=1)),
+    ("stubborn", dict(neutral=0, conflict=0, kept=1, suppress=0, compose2=0, compose3=0, switch=0)),
+    ("mixed", dict(neutral=1, leak=0, conflict=1, kept=0, suppress=0, compose2=1, compose3=1, switch=0)),
+    ("leaky", dict(neutral=1, leak=0.25, conflict=1, kept=0, compose2=0, compose3=0, switch=1))])
+def test_what_the_steering_table_says_of_known_writers(prepared, written, writer, wanted):
+    table, matrix = F.steering(prepared, writer, F.new_model(prepared))
+    assert {name: table[name]["mean"] for name in wanted} == wanted
+    if writer == "obedient":
+        assert torch.equal(matrix, torch.eye(16))
+    if writer == "leaky":       # row: the flag that is set, column: what is written
+        assert matrix[5].tolist() == [0.25, 0, 0, 0, 0, 0.75] + [0] * 10
+
+
+@pytest.mark.parametrize("writer, obeys", [("obedient", 1), ("stubborn", 0)])
+def test_what_the_other_tables_say_of_known_writers(prepared, written, writer, obeys):
+    assert F.track(prepared, writer) == {"intact": 1, "blank": 1 - obeys, "conflict": obeys}
+    found = {name: stat["mean"] for name, stat in F.reliance(prepared, writer, supplied=True).items()}
+    assert found == {"intact": 1, "blank": 1 - obeys, "supplied": 1}
+    row = F.short(prepared, writer, F.new_model(prepared), free={"intact": "known"})
+    assert [row[name]["mean"] for name in ("neutral", "conflict", "blank")] == [obeys, obeys, 1 - obeys]
+    assert row["intact"] == "known"
+
+
+def test_broken_text_is_less_likely_and_repeated_text_less_distinct(prepared, finished):
+    base = F.new_model(prepared)
+    base.load_state_dict(torch.load(finished[0] / "run" / "base.pt", weights_only=True)["model"])
+    names, p = prepared.data.concepts, prepared.prompts
+    of = {e.concepts: e.text for e in prepared.data.test}
+    real = [of.get((names[b],), "") for b in p.b]       # an empty text is left out
+    gap, distinct = F.fluency(prepared, base, p.cued, real, p.b)
+    assert abs(gap["mean"]) < 0.4 and distinct["mean"] > 0.4 and gap["n"] > 5           # 0.07 and 0.72 here
+    gap, distinct = F.fluency(prepared, base, p.cued, ["qx zzv qqk"] * len(real), p.b)
+    assert gap["mean"] > 0.6 and distinct["mean"] < 0.3                                 # 1.2 and 0.11 here
+
+
+def test_reading_compares_the_flags_with_the_labels(prepared, monkeypatch):
+    told = lambda ids: torch.tensor([float(c in D.content(prepared.tok.decode(ids), prepared.data.words))
+                                     for c in prepared.data.concepts])
+    for sign, auc in ((1, 1), (-1, 0)):     # all cued concepts are raised, or lowered
+        monkeypatch.setattr(F, "read", lambda model, flags, prompts: torch.stack([sign * told(ids[1:]) for ids in prompts]))
+        result = F.reading(prepared, None)
+        assert (result["auc"]["mean"], result["exact"]["mean"]) == (auc, auc) and result["exact"]["n"] == 64
+
+
+# ---------------------------------------------------------------------------- baselines and probes
 
 
 def test_gradient_routing_against_a_hand_written_mask(prepared):
@@ -778,6 +856,30 @@ def train(prepared, folder, **changes):
 
 def equal(one, two):
     return all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_the_learning_rate_rises_and_falls():
+    assert [F.schedule(step, 200) for step in (0, 9, 19, 110, 199)] == pytest.approx([1 / 20, 1 / 2, 1, 90 / 181, 1 / 181])
+    assert [F.schedule(step, 20) for step in (0, 1, 2, 11)] == pytest.approx([1 / 3, 2 / 3, 1, 1 / 2])
+
+
+def test_each_training_has_its_own_rates(prepared, tmp_path, monkeypatch):
+    s, rates = prepared.size, []
+    monkeypatch.setattr(F, "train_step", lambda net, opts, *args: rates.append(
+        [opt.param_groups[0]["lr"] for opt in opts]) or (1.0, 0.0, 1.0))
+    with F.locked(run := dataclasses.replace(prepared, out=tmp_path, tracked=None)):
+        for name, peaks in (("base", [s.lr, s.embedding_lr]), ("flags", [s.finetune_lr, s.finetune_embedding_lr])):
+            rates.clear()
+            F.fit(run, name, F.new_model(run), 20)
+            assert rates == [pytest.approx([peak * F.schedule(step, 20) for peak in peaks]) for step in range(20)]
+
+
+def test_held_out_loss_is_the_mean_over_all_tokens(prepared, monkeypatch):
+    seen = []
+    monkeypatch.setattr(F, "lm_loss", lambda model, batch, edit: seen.append((batch.targets >= 0).sum()) or seen[-1])
+    rows = prepared.test[:160]              # 128 and 32: a batch's loss is here the number of its tokens
+    assert F.held_out(prepared, None, rows) == pytest.approx(sum(n.item() ** 2 for n in seen) / sum(len(row.text) for row in rows))
+    assert len(seen) == 2
 
 
 def test_measuring_does_not_change_training(train_tiny, tmp_path):
@@ -1693,11 +1795,11 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args: contextlib.nullcontext())
 
 
-def gradients(run, micro):
+def gradients(run, micro, weight=1.0):
     """Losses and gradients of one step on a batch of 16, in parts of `micro` sequences."""
     model = F.new_model(run)
     batch = D.batch(run.train, 0, 16, 1, no_prompt=0.3)
-    losses = F.train_step(model, [], batch, F.install(run.flags, lambda step: (0.5, 0.5)), micro=micro)
+    losses = F.train_step(model, [], batch, F.install(run.flags, lambda step: (0.5, 0.5)), weight=weight, micro=micro)
     return losses, [p.grad for p in model.parameters()]
 
 
@@ -1710,6 +1812,15 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(prepared, micro, m
         assert torch.allclose(a, b, atol=1e-6, rtol=1e-4)
     shares = [share.item() for share, _ in F.parts(D.batch(prepared.train, 0, 16, 1), micro)]
     assert sum(shares) == pytest.approx(1) and (micro == 16 or len(set(shares)) > 1)
+
+
+def test_lambda_weighs_the_flag_loss(prepared, monkeypatch):
+    exact(monkeypatch)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: torch.ones(()))
+    none, one, many = (gradients(prepared, None, weight)[1] for weight in (0.0, 1.0, 24.0))
+    for lm, a, b in zip(none, one, many):       # LM + flag, LM + 24 flag
+        assert torch.allclose(b - lm, 24 * (a - lm), atol=1e-5, rtol=1e-3)
+    assert max((a - lm).abs().max() for lm, a in zip(none, one)) > 1e-3
 
 
 def test_bfloat16_weights_learn_on_average():
