@@ -257,8 +257,7 @@ def train_step(model, opts, batch, arm=None, step=0, weight=1.0, micro=None):
         losses /= dist.get_world_size()
     norm = gather(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
     for opt in opts:
-        if math.isfinite(norm):     # else the last good weights stay
-            update(opt, step)
+        update(opt, step)
         opt.zero_grad()
     return *losses.tolist(), norm
 

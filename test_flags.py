@@ -601,6 +601,7 @@ def test_means_of_a_file_that_is_sorted(prepared):
     assert (F.means(run, F.new_model(run), batches=5).norm(dim=1) > 0).all()
     one, other = F.means(run, F.new_model(run)), F.means(prepared, F.new_model(run))
     assert torch.cosine_similarity(one, other).min() > 0.5
+    assert torch.allclose(one.mean(0), torch.zeros(64), atol=1e-5)      # what all concepts share is no direction
 
 
 def test_adding_a_direction(prepared):
@@ -780,6 +781,12 @@ def test_a_first_sentence_that_fills_the_context(prepared):
     F.write(prepared, F.new_model(prepared), ["word " * 300])
 
 
+def test_texts_hang_on_the_seed_alone(prepared):
+    model = F.new_model(prepared)
+    one, again, other = (F.write(dataclasses.replace(prepared, seed=seed), model, ["Mia slept."] * 3) for seed in (1, 1, 2))
+    assert one == again != other and len(set(one)) == 3
+
+
 def test_steering_from_the_command_line(finished, capsys):
     folder, _ = finished
     assert F.main(tiny(folder, "--steer", "Mia dreamed of the moon.", "--on", "sea", "--off", "space")) == 0
@@ -787,6 +794,13 @@ def test_steering_from_the_command_line(finished, capsys):
     assert "the model's own flags" in shown and "flags set: sea" in shown and "\033" not in shown
     assert F.main(tiny(folder, "--steer", "--on", "farm")) == 0
     assert "prompt: (none)" in capsys.readouterr().out
+
+
+def test_flags_that_nobody_switches_stay_as_the_model_raises_them(finished, capsys, monkeypatch):
+    monkeypatch.setattr(F, "read", lambda model, flags, prompts: torch.tensor([[0.2] * 3 + [0.9] * 2 + [0.4] * 11]))
+    for more, shown in ((["--on", "sea"], "sea, space, kitchen"), (["--off", "space"], "kitchen")):
+        assert F.main(tiny(finished[0], "--steer", "x", *more)) == 0
+        assert f"flags set: {shown}\n" in capsys.readouterr().out
 
 
 def test_the_interactive_loop(finished, capsys, monkeypatch):
@@ -1023,6 +1037,7 @@ def test_a_spoilt_checkpoint_is_one_line(train_tiny, tmp_path, spoil, monkeypatc
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     F.save(tmp_path / "x.pt", {"a": 1})
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]     # what was written beside has been renamed
 
     def full(*args):
         raise OSError(28, "No space left on device")
