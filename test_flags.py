@@ -181,6 +181,12 @@ def test_generation_stops_and_fits(model):
             model.generate([bad], 3)
 
 
+def test_deeper_models_begin_with_smaller_outputs():
+    model = GPT(Config(n_layer=8))
+    for p, std in ((model.blocks[3].attn.out, 0.02 / 4), (model.blocks[3].mlp.down, 0.02 / 4), (model.blocks[3].attn.qkv, 0.02)):
+        assert p.weight.std().item() == pytest.approx(std, rel=0.05)
+
+
 def test_top_k_and_sampling_follow_the_logits():
     logits = torch.tensor([[0., 1., 2., 3.]]).expand(4000, 4)
     drawn = sample(logits, 1.0, None, F.rng(0)).flatten().bincount(minlength=4) / 4000
@@ -276,9 +282,9 @@ def test_batches_are_pure_functions_and_cover_the_epoch(stories, tok):
     one, two = D.batch(rows, 7, 32, 1), D.batch(rows, 7, 32, 1)
     assert all(torch.equal(a, b) for a, b in zip(one, two))
     assert not torch.equal(one.idx[:, :9], D.batch(rows, 7, 32, 2).idx[:, :9])
-    seen = [tuple(row[row != tok.end].tolist()) for step in range(31)
-            for row in D.batch(rows, step, 32, 1).idx]
-    assert len(set(seen)) >= 985                    # 31 x 32 = 992 rows, a few texts may be equal
+    seen = [tuple(row[row != tok.end].tolist()) for step in range(62)
+            for row in D.batch(rows, step, 16, 1).idx]
+    assert len(set(seen)) >= 985                    # 62 x 16 = 992 rows, a few texts may be equal
     bare = D.batch(rows, 7, 32, 1, no_prompt=1.0)
     assert (bare.targets[:, 0] >= 0).all()          # the text begins at once
 
@@ -620,6 +626,142 @@ def test_a_linear_probe_finds_what_is_there_and_nothing_else():
     hits = lambda x: (F.ridge(x[:400], torch.nn.functional.one_hot(y[:400], 4), x[400:]).argmax(1)
                       == y[400:]).float().mean().item()
     assert hits(x) > 0.85 and hits(x[:, 4:]) < 0.40     # chance 0.25, 5 standard errors 0.15
+
+
+def test_texts_that_have_not_told_their_concept_yet(prepared):
+    rows = F.untold(prepared, prepared.data.train, 20)
+    assert len(rows) == 20
+    for prompt, ids, concept, cue in rows:
+        words, shown = prepared.data.words, prepared.tok.decode(ids[1:])
+        assert words[cue] == prepared.data.concepts[concept] and ids[:len(prompt)] == prompt
+        assert len(D.content(shown, words)) == 1 and shown[-1] in ".!?" and shown.endswith(
+            F.first_sentence(shown[len(prepared.tok.decode(prompt[1:])) + 1:]))
+
+
+def test_activations_are_of_the_prompts_end_and_the_sentences_end(prepared):
+    model, part = F.new_model(prepared), F.untold(prepared, prepared.data.train, 3)
+    values = F.hot(16, [3, 4, 5])
+    for set_ in (None, values):
+        at_prompt, at_end = F.activations(prepared, model, part, set_)
+        for i, (prompt, ids, _, _) in enumerate(part):
+            edit = None if set_ is None else F.steer(prepared.flags, 64, torch.tensor([len(prompt) - 1]), values[i:i + 1])
+            for layer, x in enumerate(streams(model, torch.tensor([ids]), edit)):
+                assert torch.allclose(at_prompt[layer][i], x[0, len(prompt) - 1], atol=1e-5)
+                assert torch.allclose(at_end[layer][i], x[0, -1], atol=1e-5)
+
+
+def test_the_probe_finds_the_concept_where_it_stands(prepared, tmp_path, monkeypatch):
+    """Planted: in the flags' channels, at the prompt's end, in the flags model alone."""
+    torch.manual_seed(0)
+
+    def activations(run, model, part, values):
+        x = [torch.randn(2, len(part), 64) for _ in range(2)]
+        if model == "flags":
+            x[0][:, range(len(part)), [run.flags.dims[row[2]] for row in part]] += 50
+        return [list(layers) for layers in x]
+    monkeypatch.setattr(F, "activations", activations)
+    monkeypatch.setattr(F, "train_all", lambda run: (("base", "flags", "control"), None))
+    F.probe(dataclasses.replace(prepared, out=tmp_path))
+    rows = json.loads((tmp_path / "probe.json").read_text())
+    assert len(rows) == 2 * 4 * 3 * 2           # positions, views, models, layers
+    for row in rows:
+        planted = (row["model"], row["view"], row["position"]) == ("flags", "flags", "last of the prompt")
+        assert (row["accuracy"]["mean"] > 0.8) == planted, row          # chance is 1/16, of some 8 texts
+        assert row["selectivity"] > 0.3 or not planted
+
+
+@pytest.fixture
+def trained(prepared, tmp_path, monkeypatch):
+    """A run whose models are their names, and the jobs that it was asked to fit."""
+    run, jobs = dataclasses.replace(prepared, out=tmp_path), []
+    config = F.new_model(run).config
+    named = lambda name: types.SimpleNamespace(name=name, config=config, wte=types.SimpleNamespace(weight=torch.zeros(1)))
+
+    def fit_all(these):
+        jobs.extend(these)
+        for _, name, model, *_ in these:
+            model.name = name
+        return [[{"step": 1, "intact": 0.0, "blank": 0.0, "conflict": 0.0}] for _ in these]
+    monkeypatch.setattr(F, "train_all", lambda run: ([named(name) for name in ("base", "flags", "control")], None))
+    monkeypatch.setattr(F, "copy_of", lambda run, model: types.SimpleNamespace(**vars(model) | {"of": model.name}))
+    monkeypatch.setattr(F, "fit_all", fit_all)
+    return run, jobs
+
+
+def test_the_comparison_measures_each_arm_by_its_model(trained, monkeypatch, capsys):
+    run, jobs = trained
+    F.write_file(run.out / "results.json", '{"loss": 1}')
+    monkeypatch.setattr(F, "unsteered", lambda run, model: model.name)
+    monkeypatch.setattr(F, "means", lambda run, model: model.name)
+    monkeypatch.setattr(F, "by_adding", lambda run, directions, strength: (directions, strength))
+
+    def short(run, model, base, by=None, free=None):
+        assert base.name == "base"
+        return dict.fromkeys(("neutral", "conflict", "intact", "blank", "nll_gap", "loss")) | {
+            "model": model.name, "dims": run.flags.dims, "free": free, "by": by if isinstance(by, tuple) else by is not None}
+
+    def write(run, model, prompts, values, by):         # only a strength of 8 is obeyed
+        told = F.hot(16, F.choose(run, 2 * run.size.track, run.data.train).b) if by == ("control", 8) else values.roll(1, 1)
+        return [[i for i, on in enumerate(row) if on] for row in told]
+    monkeypatch.setattr(F, "short", short)
+    monkeypatch.setattr(F, "choose", lambda run, n, examples=None, real=F.choose: real(run, n, run.data.train))
+    monkeypatch.setattr(F, "write", write)
+    F.compare(dataclasses.replace(run, judge=lambda texts: texts))
+    arms = json.loads((run.out / "results.json").read_text())["compare"]
+    assert {name: (row["model"], row["by"]) for name, row in arms.items()} == {
+        "flags": ("flags", False), "no steering": ("control", True), "shuffled labels": ("shuffled", False),
+        "stage 1 only": ("stage1", False), "16 other dimensions": ("flags", False), "control token": ("token", True),
+        "difference of means": ("control", ["control", 8]), "gradient routing": ("routing", True)}
+    assert arms["difference of means"]["strength"] == 8 and arms["gradient routing"]["free"] == "routing"
+    assert not set(arms["16 other dimensions"]["dims"]) & set(arms["flags"]["dims"])
+    rows = {name: r.train for r, name, *_ in jobs}
+    assert all(model.of == "base" for _, _, model, *_ in jobs) and any(row.stay for row in rows["token"])
+    assert rows["stage1"] is rows["shuffled"] is rows["routing"] is run.train
+    steps = {steps for _, _, _, steps, _ in jobs}
+    assert steps == {run.size.produce + run.size.rely}
+
+
+def test_a_sweep_is_measured_against_the_control(trained, monkeypatch):
+    run, jobs = trained
+    monkeypatch.setattr(F, "held_out", lambda run, model, rows: {"control": 1.0}.get(model.name, 1.5))
+    F.sweep(run, "width")
+    rows = json.loads((run.out / "sweep-width.json").read_text())
+    assert [(row["value"], row["loss"], row["over control"]) for row in rows] == [(n, 1.5, 0.5) for n in (4, 8, 16, 32, 64)]
+    assert [name for _, name, *_ in jobs] == [f"width-{n}" for n in (4, 8, 16, 32, 64)]
+
+
+def test_relearning_blanks_the_flags_for_good(trained, monkeypatch):
+    run, jobs = trained
+    monkeypatch.setattr(F, "reliance", lambda run, model: {"blank": {"mean": 0.0 if model.name == "base" else math.nan}})
+    F.relearn(run)
+    assert [(name, getattr(model, "of", "new")) for _, name, model, *_ in jobs] == [
+        ("relearn-flags", "flags"), ("relearn-scratch", "new")]
+    for *_, arm in jobs:
+        batch = D.batch(run.train, 0, 8, 1)
+        edit, flag_loss = arm(0, batch)
+        x = edit(1, torch.ones(*batch.idx.shape, 64), None)
+        on = batch.targets >= 0
+        assert flag_loss is None and x[on][:, run.flags.dims].eq(0).all() and x[~on].eq(1).all()
+    assert json.loads((run.out / "relearn.json").read_text()).keys() == {"flags", "scratch"}
+
+
+def test_seeds_are_put_together(prepared, tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def main_job(run):
+        ran.append(run.seed)
+        stat = lambda mean: {"mean": mean, "low": 0.0, "high": 1.0, "n": 5}
+        F.write_file(run.out / "results.json", json.dumps({
+            "loss": {"control": 0.5, "flags": 0.5 + run.seed / 100}, "steer": {"conflict": stat(run.seed / 10), "leak": None},
+            "samples": [], "judge": {"kind": "words", "accuracy": stat(1.0)}, "size": "tiny"}))
+    monkeypatch.setattr(F, "prepare", lambda args: dataclasses.replace(prepared, seed=args.seed, out=Path(args.out)))
+    monkeypatch.setattr(F, "main_job", main_job)
+    assert F.main(tiny(tmp_path, "--seeds", "3", "--seed", "4")) == 0 and ran == [4, 5, 6]
+    table = json.loads((tmp_path / "run" / "seeds.json").read_text())
+    assert table.keys() == {"loss control", "loss flags", "loss flags - control", "steer conflict", "judge accuracy"}
+    assert table["steer conflict"] == {"mean": pytest.approx(0.5), "low": 0.4, "high": 0.6, "n": 3}
+    assert table["loss flags - control"]["mean"] == pytest.approx(0.05)
+    assert "steer conflict" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- training and running
