@@ -270,6 +270,14 @@ def test_labels_and_masks_against_a_hand_labelled_example(tok):
     assert batch.y.tolist() == [[0, 1, 0], [0, 1, 1]]
 
 
+def test_losses_are_taken_at_all_targets_and_few_other_places():
+    targets = torch.full((8, 50), -100)
+    targets[:, 20:35] = 7                           # 120 of 400, and 256 next
+    at = D.predicted(targets)
+    assert at.sum() == 256 and at[targets >= 0].all()
+    assert D.predicted(targets[:, 20:]).all()       # 240 are there: not as many
+
+
 def test_texts_are_cut_and_prompts_refused(tok):
     row, = D.encode([D.Example("Mia slept.", "A crab came. " * 9, ("sea",))], tok, ["sea"], 12)
     assert len(row.prompt) + len(row.text) - 1 == 12 and row.text[-1] != tok.end
