@@ -329,6 +329,14 @@ def test_nothing_of_a_test_prompt_was_trained_on(stories):
     assert few == stories.train[:len(few)] and few != others
 
 
+def test_a_text_stands_in_one_split():
+    examples = [D.Example(f"prompt {i}", "the same", ("cat",)) for i in range(200)]
+    train, judge, test = D.split(examples, 70, 20)
+    assert len(train) > 100 and judge == test == []
+    train, judge, test = D.split(examples, 0, 50)
+    assert len(judge) > 50 and train == test == []
+
+
 def test_bpe_round_trips_any_bytes(tok):
     chance = random.Random(0)
     for _ in range(300):
