@@ -691,17 +691,46 @@ def trained(prepared, tmp_path, monkeypatch):
     """A run whose models are their names, and the jobs that it was asked to fit."""
     run, jobs = dataclasses.replace(prepared, out=tmp_path), []
     config = F.new_model(run).config
-    named = lambda name: types.SimpleNamespace(name=name, config=config, wte=types.SimpleNamespace(weight=torch.zeros(1)))
+    named = lambda name: types.SimpleNamespace(
+        name=name, config=config, wte=types.SimpleNamespace(weight=torch.zeros(1)), parameters=lambda: [])
+    names = ("base", "flags", "control")
+    logs = {name: [dict.fromkeys(F.TRAJECTORY, name)] for name in names}
 
     def fit_all(these):
         jobs.extend(these)
         for _, name, model, *_ in these:
             model.name = name
         return [[{"step": 1, "intact": 0.0, "blank": 0.0, "conflict": 0.0}] for _ in these]
-    monkeypatch.setattr(F, "train_all", lambda run: ([named(name) for name in ("base", "flags", "control")], None))
+    monkeypatch.setattr(F, "train_all", lambda run: ([named(name) for name in names], logs))
     monkeypatch.setattr(F, "copy_of", lambda run, model: types.SimpleNamespace(**vars(model) | {"of": model.name}))
     monkeypatch.setattr(F, "fit_all", fit_all)
     return run, jobs
+
+
+def test_the_main_job_measures_each_model_under_its_name(trained, monkeypatch):
+    run, _ = trained
+    monkeypatch.setattr(F, "steering", lambda run, model, base: ([model.name, base.name], None))
+    monkeypatch.setattr(F, "held_out", lambda run, model, rows: [model.name, len(rows)])
+    for measure in ("reliance", "reading", "samples"):
+        monkeypatch.setattr(F, measure, lambda run, model, supplied=False: [model.name, supplied])
+    for show in ("draw", "report"):
+        monkeypatch.setattr(F, show, lambda *args: None)
+    F.main_job(run)
+    results, names = json.loads((run.out / "results.json").read_text()), ("base", "flags", "control")
+    assert results["loss"] == {name: [name, len(run.test)] for name in names}
+    assert results["reliance"] == {name: [name, name == "flags"] for name in names}
+    assert (results["steer"], results["read"], results["samples"]) == (["flags", "base"], ["flags", False], ["flags", False])
+    assert results["trajectory"][0]["intact"] == "flags" and results["control_trajectory"][0]["intact"] == "control"
+    assert [json.loads(line)["model"] for line in (run.out / "log.jsonl").read_text().splitlines()] == list(names)
+
+
+def test_samples_are_of_the_first_prompts_under_three_views(prepared, written):
+    p, names = prepared.prompts, prepared.data.concepts
+    words = lambda text: [names.index(c) for c in D.content(text, prepared.data.words)]
+    free, blank, set_ = F.samples(prepared, "obedient", count=5)[3:6]
+    assert {view["prompt"] for view in (free, blank, set_)} == {p.cued[1]}
+    assert [view["flags"] for view in (free, blank, set_)] == ["free", "blank", [names[p.b[1]]]]
+    assert [words(view["text"]) for view in (free, blank, set_)] == [[p.a[1]], [], [p.b[1]]]
 
 
 def test_the_comparison_measures_each_arm_by_its_model(trained, monkeypatch, capsys):
@@ -714,7 +743,8 @@ def test_the_comparison_measures_each_arm_by_its_model(trained, monkeypatch, cap
     def short(run, model, base, by=None, free=None):
         assert base.name == "base"
         return dict.fromkeys(("neutral", "conflict", "intact", "blank", "nll_gap", "loss")) | {
-            "model": model.name, "dims": run.flags.dims, "free": free, "by": by if isinstance(by, tuple) else by is not None}
+            "conflict": {"mean": 0.5}, "nll_gap": {"mean": 0.1}, "model": model.name, "dims": run.flags.dims,
+            "free": free, "by": by if isinstance(by, tuple) else by is not None}
 
     def write(run, model, prompts, values, by):         # only a strength of 8 is obeyed
         told = F.hot(16, F.choose(run, 2 * run.size.track, run.data.train).b) if by == ("control", 8) else values.roll(1, 1)
