@@ -576,6 +576,8 @@ def test_shuffled_labels_keep_their_number_and_lose_their_rows():
     F.shuffled(lambda step, batch: seen.append(batch.y), 1)(3, batch)
     assert seen[0].sum(0).eq(1).all() and seen[0].sum(1).eq(1).all()
     assert seen[0].diagonal().sum() < 10                # one is expected
+    F.shuffled(lambda step, batch: seen.append(batch.y), 1)(4, batch)
+    assert not torch.equal(*seen)                       # each step deals anew
 
 
 def test_control_tokens_stand_behind_the_prompt(prepared):
@@ -615,6 +617,7 @@ def test_what_a_sweep_varies(prepared, name, value, layer, K):
     assert run.flags.layer == layer and torch.equal(x[0, t, run.flags.dims], supplied)
     assert run.size.weight == (3.0 if name == "weight" else prepared.size.weight)
     assert prepared.flags.layer == 1 and len(prepared.flags.dims) == 16         # the others are as they were
+    assert F.variant(prepared, "supply", 0.4)[0].size.bare == pytest.approx(0.3)    # as of 1: three quarters
 
 
 def test_means_of_a_file_that_is_sorted(prepared):
@@ -861,6 +864,20 @@ def test_a_finished_run_says_what_differs(finished, prepared):
     with pytest.raises(F.Stop, match="seed was 1337 and is now 1.*--fresh") as stop:
         F.load(run, run.out / "base.pt")
     assert stop.value.status == 2 and "\n" not in str(stop.value)
+    run.settings = prepared.settings | {"of a newer version": 1}
+    with pytest.raises(F.Stop, match="of a newer version was None"):
+        F.load(run, run.out / "base.pt")
+
+
+def test_settings_know_the_examples(tmp_path):
+    sums = []
+    for word in ("text", "text", "test"):
+        rows = many(300)
+        rows[7]["text"] = f"another {word}"
+        (tmp_path / "my.jsonl").write_bytes(lines(*rows))
+        run = F.prepare(F.parser().parse_args(tiny(tmp_path, "--data", str(tmp_path / "my.jsonl"))))
+        sums.append(run.settings["examples"])
+    assert sums[0] == sums[1] != sums[2]
 
 
 def test_seeds_refuse_what_other_settings_left(finished, tmp_path, capsys):
@@ -1065,15 +1082,33 @@ def test_the_learning_rate_rises_and_falls():
     assert [F.schedule(step, 20) for step in (0, 1, 2, 11)] == pytest.approx([1 / 3, 2 / 3, 1, 1 / 2])
 
 
-def test_each_training_has_its_own_rates(prepared, tmp_path, monkeypatch):
-    s, rates = prepared.size, []
-    monkeypatch.setattr(F, "train_step", lambda net, opts, *args: rates.append(
-        [opt.param_groups[0]["lr"] for opt in opts]) or (1.0, 0.0, 1.0))
-    with F.locked(run := dataclasses.replace(prepared, out=tmp_path, tracked=None)):
+def test_each_training_has_its_own_rates_and_batches(prepared, tmp_path, monkeypatch):
+    run, steps = dataclasses.replace(prepared, out=tmp_path, tracked=None, micro=5), []
+    s = run.size
+
+    def train_step(net, opts, batch, arm, step, weight, micro):
+        steps.append([opt.param_groups[0]["lr"] for opt in opts])
+        assert (weight, micro) == (s.weight, 5)
+        assert all(map(torch.equal, batch, D.batch(run.train, step, s.batch, run.seed, s.no_prompt)))
+        return 1.0, 0.0, 1.0
+    monkeypatch.setattr(F, "train_step", train_step)
+    with F.locked(run):
         for name, peaks in (("base", [s.lr, s.embedding_lr]), ("flags", [s.finetune_lr, s.finetune_embedding_lr])):
-            rates.clear()
+            steps.clear()
             F.fit(run, name, F.new_model(run), 20)
-            assert rates == [pytest.approx([peak * F.schedule(step, 20) for peak in peaks]) for step in range(20)]
+            assert steps == [pytest.approx([peak * F.schedule(step, 20) for peak in peaks]) for step in range(20)]
+
+
+def test_matrices_of_the_blocks_go_to_muon_and_all_else_to_adamw(prepared):
+    model = F.new_model(prepared)
+    muon, adamw = F.optimizers(model, prepared.size, 0.1, 0.2)
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    (matrices,), (rest,) = muon.param_groups, adamw.param_groups
+    assert (matrices["lr"], matrices["weight_decay"], rest["lr"], rest["weight_decay"]) == (0.1, prepared.size.decay, 0.2, 0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert [names[id(p)] for p in matrices["params"]] == [
+        f"blocks.{i}.{name}.weight" for i in range(2) for name in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")]
+    assert len(matrices["params"]) + len(rest["params"]) == len(names)
 
 
 def test_held_out_loss_is_the_mean_over_all_tokens(prepared, monkeypatch):
@@ -1132,6 +1167,14 @@ def test_sigterm_stops_after_the_step_and_says_so(train_tiny, tmp_path, monkeypa
         train_tiny(tmp_path / "run")
     assert stop.value.status == 128 + signal.SIGTERM and len(calls) == 5
     assert equal(train_tiny(tmp_path / "run"), whole)
+
+
+def test_a_signal_at_the_end_of_training_is_not_lost(prepared):
+    with pytest.raises(F.Stop, match="stopped; the same command goes on") as stop, F.patient(prepared):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.value.status == 128 + signal.SIGTERM
+    with F.patient(prepared):       # and not remembered
+        pass
 
 
 def test_trainings_at_once_are_those_one_by_one(prepared, tmp_path, monkeypatch):
