@@ -1979,6 +1979,25 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"flags.py: {message}; -h explains all options\n")
 
 
+def number(kind, wanted, good):
+    """The type of an option: text -> a number of that kind that is good."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if good(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return parse
+
+
+natural = number(int, "a whole number from 0 to 2**63 - 1", lambda n: 0 <= n < 2 ** 63)
+counted = number(int, "a whole number from 1 to 2**63 - 1", lambda n: 0 < n < 2 ** 63)
+positive = number(float, "a number above 0", lambda x: 0 < x < math.inf)
+
+
+def some(text):
+    return None if text == "all" else counted(text)
+
+
 def parser():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", choices=[size for size in SIZES if "-" not in size], default="small",
@@ -2021,29 +2040,6 @@ def parser():
     p.add_argument("--on", nargs="+", action="extend", default=[], metavar="FLAG", help="with --steer: set to 1")
     p.add_argument("--off", nargs="+", action="extend", default=[], metavar="FLAG", help="with --steer: set to 0")
     return p
-
-
-def natural(text, least=0):
-    return checked(int, text, lambda number: least <= number < 2 ** 63, f"a whole number from {least} to 2**63 - 1")
-
-
-def counted(text):
-    return natural(text, least=1)
-
-
-def some(text):
-    return None if text == "all" else counted(text)
-
-
-def positive(text):
-    return checked(float, text, lambda number: 0 < number < math.inf, "a number above 0")
-
-
-def checked(kind, text, good, wanted):
-    with contextlib.suppress(ValueError):
-        if good(number := kind(text)):
-            return number
-    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
 
 def main(argv=None):
