@@ -479,4 +479,4 @@ def learned_judge(examples, concepts):
         (loss + 1e-5 * w.square().sum()).backward()
         opt.step()
         opt.zero_grad()
-    return lambda texts: score(*bags(texts)).argmax(1, keepdim=True).tolist()
+    return lambda texts: score(*bags(texts)).argmax(1, keepdim=True).tolist() if texts else []

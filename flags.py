@@ -316,23 +316,23 @@ def questions(data, n, seed):
     return {
         # the prompt says a, and the flags:
         "intact": (cued, None, lambda text, i: D.about(text, a[i])),
-        "supplied": (cued, hot(K, a), lambda text, i: D.about(text, a[i])),
-        "blank": (cued, 0 * hot(K, a), lambda text, i: D.about(text, a[i])),
-        "conflict": (cued, hot(K, b), lambda text, i: D.about(text, b[i])),
-        "kept": (cued, hot(K, b), lambda text, i: D.about(text, a[i])),
+        "supplied": (cued, hot(K, zip(a)), lambda text, i: D.about(text, a[i])),
+        "blank": (cued, 0 * hot(K, zip(a)), lambda text, i: D.about(text, a[i])),
+        "conflict": (cued, hot(K, zip(b)), lambda text, i: D.about(text, b[i])),
+        "kept": (cued, hot(K, zip(b)), lambda text, i: D.about(text, a[i])),
         # the prompt says a pair, the flags its second:
-        "suppress": ([prompt for prompt, _ in double], hot(K, [pair[1] for pair in pairs]),
+        "suppress": ([prompt for prompt, _ in double], hot(K, [pair[1:] for pair in pairs]),
                      lambda text, i: D.about(text, pairs[i][1]) and pairs[i][0] not in text),
         # the prompt says nothing, and the flags one, two, three concepts:
-        "neutral": (neutral, hot(K, c), lambda text, i: D.about(text, c[i])),
-        "leak": (neutral, hot(K, c), lambda text, i: 1 - text.count(c[i]) / max(1, len(text))),
-        "compose2": (several, hot(K, *zip(*two)), lambda text, i: set(text) == set(two[i])),
-        "compose3": (several, hot(K, *zip(*three)), lambda text, i: set(text) == set(three[i]))}
+        "neutral": (neutral, hot(K, zip(c)), lambda text, i: D.about(text, c[i])),
+        "leak": (neutral, hot(K, zip(c)), lambda text, i: 1 - text.count(c[i]) / max(1, len(text))),
+        "compose2": (several, hot(K, two), lambda text, i: set(text) == set(two[i])),
+        "compose3": (several, hot(K, three), lambda text, i: set(text) == set(three[i]))}
 
 
-def hot(K, *columns):
-    """Flags (B, K): in row b those of columns[..][b] are 1."""
-    return sum(F.one_hot(torch.tensor(column, dtype=torch.long), K) for column in columns) * 1.0
+def hot(K, rows):
+    """Flags (B, K): in row b those that rows[b] lists are 1."""
+    return torch.tensor([[float(i in row) for i in range(K)] for row in rows]).view(-1, K)
 
 
 def continue_texts(run, model, prompts, values=None, by=None):
@@ -394,9 +394,9 @@ def fluency(run, base, texts):
     pairs = [(text, real[b][i % len(real[b])]) for i, (text, b) in enumerate(zip(texts, flagged))
              if text and real[b]][:256]
 
-    def nll(text):
-        row, = D.encode([D.Example("", text, (), False)], run.tok, [], run.size.context)
-        return lm_loss(base, D.pad([row]).to(run.device)).item()
+    bare = [D.Example("", text, (), False) for pair in pairs for text in pair]
+    nll = [lm_loss(base, D.pad([row]).to(run.device)).item()
+           for row in D.encode(bare, run.tok, [], run.size.context)]
 
     def distinct2(texts):   # the share of pairs of words that are different
         words = [D.split_words(text) for text in texts]
@@ -405,7 +405,7 @@ def fluency(run, base, texts):
 
     ours, theirs = (distinct2(texts) for texts in zip(*pairs)) if pairs else (0, 0)
     ratio = {"mean": ours / (theirs or 1), "low": None, "high": None, "n": len(pairs)}
-    return stat(nll(text) - nll(other) for text, other in pairs), ratio if ours and theirs else None
+    return stat(np.subtract(nll[::2], nll[1::2])), ratio if ours and theirs else None
 
 
 def reading(run, model):
@@ -428,6 +428,9 @@ def auc(scores, labels):
 
 def prepare(args):
     """A run: all that the functions above share, as the command line settles it."""
+    if sys.platform == "linux":     # let malloc keep what it frees: 5 to 25 % of a training step
+        ctypes.CDLL(None).mallopt(-4, 0)            # M_MMAP_MAX: no block has a mapping of its own
+        ctypes.CDLL(None).mallopt(-1, 1 << 30)      # M_TRIM_THRESHOLD: 1 GB
     changes, kinds = REAL_TEXT if args.data != "stories" else {}, Size.__annotations__
     try:
         changes = changes | {name: kinds[name](x) for name, x in
@@ -500,13 +503,12 @@ def main_job(run):
     for name in run.asked:
         texts[name], rates[name] = ask(run, flagged, name)
     gap, distinct2 = fluency(run, base, texts["conflict"])
-    here = Path(__file__).parent        # a surrounding repository's version is not ours
-    describe = f"git --git-dir='{here}/.git' --work-tree='{here}' describe --always --dirty"
+    git = f"git -C '{Path(__file__).parent}' log -1 --format=%h -- flags.py model.py data.py"
     prompts, b = run.asked["conflict"][0], run.asked["conflict"][1].argmax(1).tolist()
     results = {
         "size": run.settings["size"], "data": run.data.name, "seed": run.seed,
         "device": str(run.device), "torch": torch.__version__,
-        "commit": subprocess.getoutput(f"{describe} 2> /dev/null") or None,
+        "commit": subprocess.getoutput(f"{git} 2> /dev/null") or None,
         "parameters": sum(p.numel() for p in base.parameters()),
         "seconds": {name: did["seconds"] for name, did in done.items()},
         "tokens_per_second": {name: did["tokens"] / (did["seconds"] or 1)
@@ -591,23 +593,24 @@ def load_checkpoint(run, file, model, opts):
     """What was done so far; nothing, if there is no checkpoint."""
     if not file.exists():
         return {"step": 0, "log": [], "seconds": 0.0, "tokens": 0}
-    saved = read_checkpoint(file)
-    other = [key for key, value in run.settings.items() if saved["settings"].get(key) != value]
-    if other:
-        raise Stop(f"{file} was made with another {', another '.join(other)}; "
-                   "--fresh starts over, --out DIR goes elsewhere")
+    saved = read_checkpoint(file, run.settings)
     model.load_state_dict(saved["model"])
     for opt, state in zip(opts, saved["optimizers"]):
         opt.load_state_dict(state)
     return saved["done"]
 
 
-def read_checkpoint(file):
+def read_checkpoint(file, settings={}):
+    """The contents of a checkpoint that was made with these settings."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        return saved if saved["settings"] and saved["model"] else None
+        other = [key for key, value in settings.items() if saved["settings"].get(key) != value]
     except Exception as error:      # whatever a broken file makes of its reader
         raise Stop(f"{file} is no whole checkpoint ({type(error).__name__}); --fresh starts over")
+    if other:
+        raise Stop(f"{file} was made with another {', another '.join(other)}; "
+                   "--fresh starts over, --out DIR goes elsewhere")
+    return saved
 
 
 def write(file, save):
@@ -656,7 +659,7 @@ def steer_by_hand(args):
         print(f"flags {title}")
         for text in model.generate([ids] * 3, model.config.context, edit, stop=tok.end,
                                    generator=torch.Generator().manual_seed(args.seed)):
-            print("  " + tok.decode(text).strip())
+            print("  " + tok.decode(text).strip(), flush=True)
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -685,10 +688,6 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    if sys.platform == "linux":     # let malloc keep what it frees: 5 to 25 % of a training step
-        ctypes.CDLL(None).mallopt(-4, 0)            # M_MMAP_MAX: no block has a mapping of its own
-        ctypes.CDLL(None).mallopt(-1, 1 << 30)      # M_TRIM_THRESHOLD: 1 GB
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # | head
     try:
         if args.steer is not None or args.on + args.off:
             steer_by_hand(args)
@@ -696,6 +695,8 @@ def main(argv=None):
             for file in out_folder(args).glob("*.pt") if args.fresh else ():
                 file.unlink()
             main_job(prepare(args))
+    except BrokenPipeError:     # | head
+        os._exit(0)
     except (Stop, OSError) as stop:
         print(f"flags.py: {stop}", file=sys.stderr)
         return 2

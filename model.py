@@ -286,7 +286,9 @@ def load_pretrained(path, context):
     if path.suffix == ".gguf":
         path, more["gguf_file"] = path.parent, path.name
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, **more)
         lost = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]]

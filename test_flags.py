@@ -526,7 +526,7 @@ def test_statistics_by_hand():
     assert stat["mean"] == 0.5 and stat["n"] == 400
     assert stat["low"] == pytest.approx(0.451, abs=0.02) and stat["high"] == pytest.approx(0.549, abs=0.02)
     assert F.stat([]) is None
-    assert F.hot(4, [1, 2], [3, 0]).tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]]
+    assert F.hot(4, [[1, 3], (2, 0)]).tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]] and F.hot(4, []).shape == (0, 4)
 
 
 def prepare(*more):

@@ -1,0 +1,188 @@
+"""Against which baselines? All at equal data and steps, from the same base.
+
+    python -m lab.compare --size small              # into out/small/results.json and compare.png
+    python -m lab.compare --size small --seeds 3
+
+Each is another method of training, or another edit, or another prompt; all are measured alike.
+"""
+import copy
+import dataclasses
+import random
+
+import numpy as np
+import torch
+
+import data as D
+import flags as F
+from lab import tools
+from lab.tools import change
+
+STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+
+
+def row(run, model, base, by=None):
+    """The figures that every baseline has; by: another way to say what to write about."""
+    texts, conflict = F.ask(run, model, "conflict", by=by)
+    return {"neutral": F.ask(run, model, "neutral", by=by)[1], "conflict": conflict,
+            "intact": F.ask(run, model, "intact")[1],
+            "blank": None if by else F.ask(run, model, "blank")[1],
+            "nll_gap": F.fluency(run, base, texts)[0], "loss": F.held_out(run, model, run.test)[0]}
+
+
+def shuffled(method, seed):
+    """The same method with the labels of each batch dealt out anew: flags that mean nothing."""
+    def new(step, batch):
+        order = torch.randperm(len(batch.y), generator=torch.Generator().manual_seed(seed + step))
+        return method(step, batch._replace(y=batch.y[order.to(batch.y.device)]))
+    return new
+
+
+def with_control_tokens(run, rows):
+    """Conditional training (Keskar et al. 2019): a token for each concept stands behind the prompt,
+    shown or not, in as many rows as have their flags supplied in stage 2. Rows whose prompt is not
+    shown are chosen here, once, since the token has to stay."""
+    first, chance, s = run.tok.n_vocab, random.Random(run.seed), run.size
+
+    def told(row):
+        prompt = row.prompt[:1] if chance.random() < s.no_prompt else row.prompt
+        tokens = [first + i for i, on in enumerate(row.label) if on]
+        if chance.random() >= s.supply * (1 - s.free / s.rely):
+            tokens = []
+        room = s.context + 1 - len(prompt) - len(tokens)
+        return row._replace(prompt=prompt + tokens, text=row.text[:room]) if room > 0 else row
+    return [told(row) for row in rows]
+
+
+def by_control_token(run):
+    def by(ids, values):
+        return [(row + [run.tok.n_vocab + i for i, on in enumerate(raised) if on])[-run.size.context:]
+                for row, raised in zip(ids, values.tolist())], None
+    return by
+
+
+@torch.no_grad()
+def means(run, model, batches=20):
+    """Difference of means (Marks and Tegmark 2023): for each concept the mean of the stream after
+    block k over the text positions of all its examples, minus the mean over concepts: (K, C). The
+    prompt does not count, and every position weighs the same."""
+    K = len(run.data.concepts)
+    total = torch.zeros(K, model.config.n_embd, device=run.device)
+    number = torch.zeros(K, 1, device=run.device)
+    for step in range(batches):
+        batch = D.batch(run.train, step, 100, run.seed).to(run.device)
+        x = F.streams(model, batch.idx)[run.flags.layer - 1]                    # (B, T, C)
+        on = (batch.targets >= 0).float()                                       # (B, T)
+        total += batch.y.T @ (x * on[..., None]).sum(1)
+        number += (batch.y.T @ on.sum(1))[:, None]
+    mean = total / number.clamp(min=1)
+    return mean - mean.mean(0)
+
+
+def by_adding(run, directions, strength):
+    """Activation addition (Turner et al. 2023): strength x the concept's direction, after block k,
+    from the last token of the prompt on."""
+    def by(ids, values):
+        start = F.last(ids).to(run.device)[:, None]
+        push = strength * (values.to(run.device) @ directions)[:, None]         # (B, 1, C)
+
+        def edit(layer, x, pos):
+            return x + (push * (pos >= start)[..., None]).to(x.dtype) if layer == run.flags.layer else x
+        return ids, edit
+    return by
+
+
+def route(run):
+    """Gradient routing (Cloud et al. 2024) to the same channels: where a token of a concept's words
+    is the target (no list of words: any token of the text), only this concept's channel passes
+    gradient down from the layers k ... L - 1; elsewhere all do. Words are compared stripped and in
+    lower case, and count only if the text's label y has their concept. The last block is free to
+    read the channel, as theirs are."""
+    flags, names, words = run.flags, run.data.concepts, run.data.words
+    belongs = torch.full((run.tok.n_vocab, len(names)), not words, device=run.device)   # (V, K)
+    for i in range(run.tok.n_vocab) if words else []:
+        word = run.tok.decode([i]).strip().lower()
+        if word in words:
+            belongs[i, names.index(words[word])] = True
+
+    def method(step, batch):
+        on = (batch.targets >= 0)[..., None]
+        of = belongs[batch.targets.clamp(min=0)] & on & (batch.y[:, None] > 0)          # (B, T, K)
+        passes = (~of.any(-1, keepdim=True)).repeat(1, 1, run.size.width)               # (B, T, C)
+        passes[..., flags.slice] |= of
+
+        def edit(layer, x, pos):
+            return torch.where(passes, x, x.detach()) if flags.layer <= layer < run.size.layers else x
+        return edit, lambda: torch.zeros(())
+    return method
+
+
+def job(run, args):
+    results = tools.main_results(run)
+    s, steps, K = run.size, run.size.produce + run.size.rely, len(run.data.concepts)
+    models, _ = F.train_all(run)
+    base, flagged, control = models["base"], models["flags"], models["control"]
+    method = lambda step, batch: F.install(run.flags, batch, F.supply(s, step))
+    stage1 = lambda step, batch: F.install(run.flags, batch, 0.0)
+    told = change(run, train=with_control_tokens(run, run.train), size=dataclasses.replace(s, no_prompt=0.0))
+    trained = {"routing": (run, route(run)), "shuffled": (run, shuffled(method, run.seed)),
+               "stage1": (run, stage1), "token": (told, None)}
+    if base.config.vocab_size < run.tok.n_vocab + K:
+        print(f"no control token: {base.config.vocab_size} embeddings leave no room for new tokens")
+        del trained["token"]
+    new = {name: copy.deepcopy(base) for name in trained}
+    F.train_together([(r, name, new[name], steps, *([how] if how else []))
+                      for name, (r, how) in trained.items()])
+
+    others = change(run, flags=dataclasses.replace(run.flags, first=0))
+    arms = {"flags": row(run, flagged, base),
+            "no steering": row(run, control, base, lambda ids, values: (ids, None)),
+            "shuffled labels": row(run, new["shuffled"], base), "stage 1 only": row(run, new["stage1"], base),
+            f"{K} other channels": row(others, flagged, base)}
+    if "token" in new:
+        arms["control token"] = row(run, new["token"], base, by_control_token(run))
+
+    directions, curves = means(run, control), {}
+    mixed = random.Random(run.seed).sample(run.data.train, min(len(run.data.train), 5000))
+    own = change(run, asked=F.questions(dataclasses.replace(run.data, test=mixed), 96, run.seed))
+    for name, model, by in (
+            ("difference of means", control, lambda a: by_adding(run, directions, a)),
+            ("gradient routing", new["routing"], lambda a: lambda ids, values: (
+                ids, F.steer(run.flags, F.last(ids), a / s.height * values)))):     # a RMS high
+        curves[name] = {a: row(run, model, base, by(a)) for a in STRENGTHS}
+        best = max(STRENGTHS, key=lambda a: F.ask(own, model, "conflict", by=by(a))[1]["mean"])
+        arms[name] = curves[name][best] | {"strength": best}    # chosen on training prompts
+
+    columns = ("neutral", "conflict", "intact", "blank", "nll_gap", "loss")
+    print("\n" + " " * 22 + "".join(f"{column:>10s}" for column in columns))
+    for name, figures in arms.items():
+        cells = [x["mean"] if isinstance(x, dict) else x for x in map(figures.get, columns)]
+        print(f"{name:22s}" + "".join(" " * 9 + "-" if x is None else f"{x:10.3f}" for x in cells))
+    tools.save(run, "results.json", results | {"compare": arms})
+    draw(run, arms, curves)
+    return arms
+
+
+def draw(run, arms, curves):
+    """Conflict against fluency: a point for each arm with its name, a line over strengths."""
+    from matplotlib.figure import Figure
+    fig = Figure((8, 5), layout="constrained")
+    ax, place = fig.subplots(), lambda figures: [figures[key]["mean"] for key in ("nll_gap", "conflict")]
+    for name, curve in curves.items():
+        points = [(a, *place(figures)) for a, figures in curve.items() if figures["nll_gap"]]
+        ax.plot([x for _, x, _ in points], [y for *_, y in points], "-", color="0.6", lw=1, zorder=1)
+        for a, x, y in points:
+            ax.annotate(f"{a:g}", (x, y), fontsize=7, color="0.5", xytext=(2, 3), textcoords="offset points")
+    points = sorted((place(figures)[::-1], name) for name, figures in arms.items() if figures["nll_gap"])
+    last = -np.inf
+    for (y, x), name in points:
+        last = max(y, last + 0.05)      # labels one above the other where the points are one
+        ax.plot(x, y, "o", alpha=0.7)
+        ax.annotate(name, (x, y), xytext=(x + 0.12, last), fontsize=9, va="center")
+    ax.set(xlabel="nll_gap: how much less likely than real text (nats per token)", ylim=(-0.05, 1.1),
+           ylabel="conflict: the text follows the flags", title="steering against the prompt")
+    fig.savefig(run.out / "compare.png", dpi=120)
+    print(f"Wrote {run.out / 'compare.png'}")
+
+
+if __name__ == "__main__":
+    tools.main(tools.parser(__doc__), job)

@@ -1,0 +1,140 @@
+"""How is a model trained that one device can't hold? FSDP2 deals it out to several.
+
+    torchrun --nproc_per_node=4 -m lab.large --init FOLDER --data my.jsonl --micro 4
+    python -m lab.large --init FOLDER --data my.jsonl --micro 4         # one device, less memory
+
+The main job of flags.py. Weights are float32 under bfloat16 autocast: a parameter takes some 12 to
+16 bytes (weight, gradient, one or two optimizer states) on all devices together, and three models
+are held. With --micro so many sequences go through the model at once; a real checkpoint keeps one
+activation a block and computes the rest twice. All processes measure along, the first one prints.
+"""
+import copy
+import math
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict)
+from torch.distributed.fsdp import fully_shard
+
+import data as D
+import flags as F
+from lab import tools
+from model import optimizers
+
+WHOLE = StateDictOptions(full_state_dict=True)      # as one process has it, whatever their number
+
+
+def parts(batch, micro):
+    """This process's rows of a batch, `micro` at a time: pairs of (share, part).
+
+    Both losses are means over targets. So the loss of the whole is the sum of share x loss of the
+    part, where a part's share is its share of the targets; and N times that for N processes, which
+    average their gradients.
+    """
+    rank, N = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = D.Batch(*(tensor[rank::N] for tensor in batch))
+    for i in range(0, len(mine.idx), micro or len(mine.idx)):
+        part = D.Batch(*(tensor[i:i + (micro or len(tensor))] for tensor in mine))
+        yield N * (part.targets >= 0).sum() / (batch.targets >= 0).sum(), part
+
+
+def shard(model):
+    """Deal a model out to the processes; for one there is nothing to do."""
+    if hasattr(model, "save_memory"):
+        model.save_memory()
+    if dist.is_initialized():
+        for module in (*model.blocks, model):
+            fully_shard(module)
+    return model
+
+
+def train(run, name, model, steps, method=lambda step, batch: (None, lambda: torch.zeros(()))):
+    """flags.train with parts and sharded states. Its checkpoints suit any number of processes."""
+    s, file, micro = run.size, run.out / f"{name}.pt", run.micro
+    opts = optimizers(model, s.lr, s.embedding_lr, s.decay)
+    done = {"step": 0, "log": [], "seconds": 0.0, "tokens": 0}
+    if file.exists():
+        saved = F.read_checkpoint(file, run.settings)
+        set_state_dict(model, opts, model_state_dict=saved["model"],
+                       optim_state_dict=saved["optimizers"], options=WHOLE)
+        done = saved["done"]
+    saved_at, warm = time.time(), min(20, steps // 10 + 1)
+    for step in range(done["step"], steps):
+        started, total = time.time(), torch.zeros(2, device=run.device)
+        batch = D.batch(run.train, step, s.batch, run.seed, s.no_prompt).to(run.device)
+        for share, part in parts(batch, micro):
+            edit, flag_loss = method(step, part)
+            lm, flag = F.lm_loss(model, part, edit), flag_loss().to(run.device)
+            (share * (lm + s.weight * flag)).backward()
+            total += share * torch.stack([lm, flag]).detach()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+            total /= dist.get_world_size()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(norm):
+            raise D.Stop(f"{name}, step {step}: its gradient is {norm}; lower the learning rates")
+        now = min((step + 1) / warm, (steps - step) / (steps - warm + 1))
+        for opt, peak in zip(opts, (s.lr, s.embedding_lr)):
+            opt.param_groups[0]["lr"] = peak * now
+            opt.step()
+            opt.zero_grad()
+        done["step"] += 1
+        done["seconds"] += time.time() - started
+        done["tokens"] += batch.idx.numel()
+        noted = done["step"] % s.every == 0 or done["step"] in (s.produce, steps)
+        if noted:
+            done["log"].append(F.look(run, name, model, step) | {"train_loss": total[0].item()})
+        due = torch.tensor(float(done["step"] == steps or time.time() - saved_at > 300))
+        if dist.is_initialized():
+            dist.broadcast(due.to(run.device), 0)   # all save at the same step
+        if due:
+            weights, states = get_state_dict(model, opts, options=WHOLE)
+            F.write(file, lambda path: torch.save({
+                "model": weights, "optimizers": states, "done": done, "settings": run.settings,
+                "config": vars(model.config), "flags": vars(run.flags), "merges": run.tok.merges}, path))
+            saved_at = time.time()
+        F.progress(f"{name:8s}{done['step']:5d}/{steps}  lm {total[0]:.3f}  flags {total[1]:.3f}",
+                   (steps - done["step"]) * done["seconds"] / done["step"], end=noted)
+    return done
+
+
+def train_all(run):
+    """flags.train_all, one model after the other."""
+    s, steps = run.size, run.size.produce + run.size.rely
+    control, flagged = copy.deepcopy(run.base), copy.deepcopy(run.base)     # before it is dealt out
+    base = shard(run.base)
+    done = {"base": train(run, "base", base, s.base)}
+    run.flags.height = s.height * F.loudness(run, base)
+    weights = get_model_state_dict(base, options=WHOLE)
+    for model in (control, flagged):
+        set_model_state_dict(shard(model), weights, options=WHOLE)
+    done["control"] = train(run, "control", control, steps)
+    done["flags"] = train(run, "flags", flagged, steps,
+                          lambda step, batch: F.install(run.flags, batch, F.supply(s, step)))
+    return {"base": base, "control": control, "flags": flagged}, done
+
+
+def job(run, args):
+    run.micro = args.micro
+    F.train_all = train_all     # the one piece of the main job that differs
+    F.main_job(run)
+    return {}
+
+
+if __name__ == "__main__":
+    p = tools.parser(__doc__)
+    p.add_argument("--micro", type=int, default=0, help="sequences in one forward pass (default: all)")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        if dist.get_rank():
+            sys.stdout, F.write = open(os.devnull, "w"), lambda file, save: None
+    tools.main(p, job)
+    if dist.is_initialized():
+        dist.destroy_process_group()

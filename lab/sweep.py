@@ -1,0 +1,74 @@
+"""How much does one setting matter? Finetune anew for each value of it, all else equal.
+
+    python -m lab.sweep supply 0 0.5 0.8 0.9 1      # any field of Size that the base does not need
+    python -m lab.sweep layer 1 2 3 4
+    python -m lab.sweep weight 1.5 6 24 96
+    python -m lab.sweep fenced 4 8 16 32 64         # channels: the first flags, or copies of all
+    python -m lab.sweep rely 6000 --set supply=0    # ten times the steps, never supplied
+
+The base and the control are those of `python flags.py` with the same options.
+"""
+import copy
+import dataclasses
+
+import flags as F
+from data import Stop
+from lab import tools
+from lab.tools import change
+
+FIXED = "flags layers heads width context stories vocab batch base".split()
+
+
+def variant(run, name, value):
+    """A run with one thing changed."""
+    if name == "fenced":
+        value, K = int(value), run.flags.count
+        which = [i % K for i in range(value)]
+        flags = dataclasses.replace(run.flags, first=run.size.width - value, count=value)
+        rows = {part: [row._replace(label=tuple(row.label[i] for i in which)) for row in vars(run)[part]]
+                for part in ("train", "test")}
+        asked = {key: (prompts, values if values is None else values[:, which], score)
+                 for key, (prompts, values, score) in run.asked.items()}
+        return change(run, flags=flags, asked=asked, settings=run.settings | {"fenced": value}, **rows)
+    kinds = {key: kind for key, kind in F.Size.__annotations__.items() if key not in FIXED}
+    if name not in kinds:
+        raise Stop(f"there is no sweep of {name}; choose fenced, {', '.join(kinds)}")
+    size = dataclasses.replace(run.size, **{name: kinds[name](float(value))})
+    height = run.flags.height * size.height / run.size.height
+    flags = dataclasses.replace(run.flags, layer=size.layer, height=height)
+    return change(run, size=size, flags=flags, settings=run.settings | vars(size))
+
+
+def job(run, args):
+    models, _ = F.train_all(run)
+    theirs = F.held_out(run, models["control"], run.test)[0]
+    runs, rows = [variant(run, args.name, value) for value in args.values], []
+    jobs = [(r, f"{args.name}-{value}", copy.deepcopy(models["base"]), r.size.produce + r.size.rely,
+             lambda step, batch, r=r: F.install(r.flags, batch, F.supply(r.size, step)))
+            for r, value in zip(runs, args.values)]
+    for value, (r, _, model, *_), did in zip(args.values, jobs, F.train_together(jobs)):
+        loss = F.held_out(r, model, r.test)[0]
+        rates = {key: F.ask(r, model, key)[1] for key in ("conflict", "neutral", "intact", "blank")}
+        if args.name != "fenced":
+            rates |= {"exact": F.reading(r, model)["exact"]}
+        rows.append({"value": value, "loss": loss, "over control": loss - theirs} | rates)
+        print(f"{args.name} {value}: LM loss {loss - theirs:+.4f} over the control's, "
+              + ", ".join(f"{key} {rate['mean']:.3f}" for key, rate in rates.items()))
+        rows[-1]["trajectory"] = did["log"]
+    tools.save(run, f"sweep-{args.name}.json", rows)
+    x = list(map(str, args.values))
+    tools.curves(
+        run.out / f"sweep-{args.name}.png",
+        ([("", x, [row["over control"] for row in rows], "o-")],
+         dict(xlabel=args.name, ylabel="LM loss over the control's (nats per token)")),
+        ([(key, x, [row[key] for row in rows], "o-") for key in ("conflict", "neutral", "intact", "blank")],
+         dict(xlabel=args.name, ylabel="share of texts", ylim=(-0.03, 1.03))))
+    return {f"{args.name} {row['value']}": {key: x for key, x in row.items() if key not in (
+        "value", "trajectory")} for row in rows}
+
+
+if __name__ == "__main__":
+    p = tools.parser(__doc__)
+    p.add_argument("name", help="a field of Size, or fenced")
+    p.add_argument("values", nargs="+")
+    tools.main(p, job)

