@@ -1,0 +1,52 @@
+"""Make a starter folder for one exercise: `python exercises/make.py 3 my-folder`.
+
+The functions of the exercise are emptied below their docstrings; all else is solved. What prints
+the answer is cut from the README.
+"""
+import ast
+import re
+import shutil
+import sys
+from pathlib import Path
+
+OPEN = {"1": ["flags.py steer"], "2": ["data.py pad"], "3": ["flags.py install"], "4": ["flags.py install"],
+        "5": ["lab/producing.py experiment"], "6": ["flags.py auc"], "7": ["lab/compare.py means"],
+        "8": ["lab/probe.py ridge"], "9": ["lab/compare.py route"],
+        "10": ["model.py Cache.append", "data.py train_bpe"], "11": []}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def find(source, name):
+    """The node of a function, by its qualified name."""
+    node = ast.parse(source)
+    for part in name.split("."):
+        node = next(n for n in node.body if getattr(n, "name", None) == part)
+    return node
+
+
+def replace_body(source, name, body="raise NotImplementedError"):
+    """The source with another body below the function's docstring, and the lines of the old one."""
+    node, lines = find(source, name), source.splitlines()
+    indent, begin = " " * (node.col_offset + 4), node.body[0].end_lineno
+    old = lines[begin:node.end_lineno]
+    new = [indent + line if line else "" for line in body.splitlines()]
+    return "\n".join(lines[:begin] + new + lines[node.end_lineno:]) + "\n", old
+
+
+def make(number, folder):
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "out", "__pycache__", "assets"))
+    readme, answers = (ROOT / "README.md").read_text(), set()
+    for file, name in (entry.split() for entry in OPEN[number]):
+        path = Path(folder, file)
+        source, old = replace_body(path.read_text(), name)
+        path.write_text(source)
+        answers |= {line.split("#")[0].strip() for line in old if len(line.split("#")[0].strip()) > 20}
+    cut = lambda block: "(cut: it is the exercise)" if any(a in block[0] for a in answers) else block[0]
+    Path(folder, "README.md").write_text(re.sub(r"```python\n.*?```", cut, readme, flags=re.S))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in OPEN or Path(sys.argv[2]).exists():
+        sys.exit("usage: python exercises/make.py NUMBER FOLDER, with a number of 1 to 11 and a new folder")
+    make(*sys.argv[1:])
+    print(f"Wrote {sys.argv[2]}. Read exercises/README.md there; `python exercises/check.py {sys.argv[1]}` checks.")
