@@ -49,7 +49,7 @@ import torch.nn.functional as F
 
 import data as D
 from data import Stop
-from model import GPT, LAST, Config, load_pretrained, optimizers
+from model import GPT, LAST, Config, fast_bfloat16, load_pretrained, optimizers
 
 
 @dataclass
@@ -193,7 +193,8 @@ def loudness(run, base):
 def lm_loss(model, batch, edit=None):
     """Mean loss (nats per token) over the text's tokens; the prompt's are given, not predicted."""
     at = batch.targets >= 0                         # (B, T)
-    with torch.autocast(batch.idx.device.type, torch.bfloat16):
+    device = batch.idx.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
         logits = model(batch.idx, edit, at=at)      # (N, V), of N targets
     return F.cross_entropy(logits.float(), batch.targets[at])
 
@@ -605,6 +606,7 @@ def read_checkpoint(file, settings={}):
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         other = [key for key, value in settings.items() if saved["settings"].get(key) != value]
+        saved["model"], saved["merges"]
     except Exception as error:      # whatever a broken file makes of its reader
         raise Stop(f"{file} is no whole checkpoint ({type(error).__name__}); --fresh starts over")
     if other:
