@@ -21,26 +21,25 @@ arXiv 2602.07828. The idea:
 `python flags.py --size small` does all of this, measures it against the base and a control that
 was finetuned by the LM loss alone, and draws. B, T, C, K, L: batch, time, channels, flags, layers.
 """
+import signal
+if __name__ == "__main__":      # Ctrl-C while importing ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import argparse
 import copy
 import ctypes
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-
 sys.path.append(str(Path(__file__).parent))     # python -P leaves it out
 
 import numpy as np
@@ -52,7 +51,7 @@ from data import Stop
 from model import GPT, LAST, Config, fast_bfloat16, load_pretrained, optimizers
 
 
-@dataclass
+@dataclasses.dataclass
 class Size:
     """What a result depends on, besides the data and the seed. --set changes any of it."""
     flags: int = 16             # K: of stories and wordnet the first K concepts
@@ -88,13 +87,15 @@ SIZES = {
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
                    rely=1500, lr=0.005, layer=4),
 }
-REAL_TEXT = dict(vocab=4080, batch=128, context=64, base=300, rely=1900, free=380, decay=0.5,
-                 weight=10.0, height=1.2, no_prompt=0.5, prompts=4096, track=128)
+REAL_TEXT = dict(vocab=2032, batch=128, context=64, decay=0.5, weight=10.0, height=1.2,
+                 no_prompt=0.5, prompts=1024, track=128)    # and steps by the number of examples
+CHECKPOINT = dict(batch=16, base=0, produce=20, rely=180, lr=0.001, embedding_lr=0.0003, decay=0.0,
+                  height=1.2, prompts=64, track=16, every=50)
 
 
 # ---------------------------------------------------------------------------- the idea
 
-@dataclass
+@dataclasses.dataclass
 class Flags:
     """Where the flags live: in K channels of the stream, after block `layer` and all later ones."""
     layer: int              # k, 1 ... L
@@ -167,8 +168,7 @@ def streams(model, idx, edit=None):
 
 
 def own_flags(model, flags, prompts):
-    """The model's own flags (B, K) at the last token of each prompt (lists of token ids), as they
-    stand after block k, the first place where they are asked for."""
+    """The model's own flags (B, K) after block k, at the last token of each prompt (ids)."""
     rows = []
     for ids in prompts:
         x = streams(model, torch.tensor([ids], device=model.wte.weight.device))[flags.layer - 1]
@@ -192,8 +192,7 @@ def loudness(run, base):
 
 def lm_loss(model, batch, edit=None):
     """Mean loss (nats per token) over the text's tokens; the prompt's are given, not predicted."""
-    at = batch.targets >= 0                         # (B, T)
-    device = batch.idx.device
+    at, device = batch.targets >= 0, batch.idx.device       # (B, T)
     with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
         logits = model(batch.idx, edit, at=at)      # (N, V), of N targets
     return F.cross_entropy(logits.float(), batch.targets[at])
@@ -202,9 +201,8 @@ def lm_loss(model, batch, edit=None):
 def train(run, name, model, steps, method=lambda step, batch: (None, lambda: torch.zeros(()))):
     """Train for `steps` steps; method(step, batch) -> (edit, flag_loss), by default LM loss alone.
 
-    Returns what was done: {"step", "log", "seconds", "tokens"}. What is random depends on the seed
-    and the step alone, and a checkpoint is kept in run.out/name.pt: a run that was stopped goes on
-    from it, to the same bits.
+    Returns {"step", "log", "seconds", "tokens"}. All chance depends on the seed and the step alone,
+    so from the checkpoint run.out/name.pt a run that was stopped goes on to the same bits.
     """
     s, file = run.size, run.out / f"{name}.pt"
     opts = optimizers(model, s.lr, s.embedding_lr, s.decay)
@@ -235,9 +233,8 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
         if done["step"] == steps or time.time() - saved_at > 30:
             save_checkpoint(run, file, model, opts, done)
             saved_at = time.time()
-        newest = {"lm": lm.item(), "flags": flag.item()} | (done["log"] or [{}])[-1]
-        figures = "".join(f"  {key} {newest[key]:.3f}" for key in ("lm", "flags", *RATES)
-                          if key in newest)
+        figures = f"  lm {lm:.3f}  flags {flag:.3f}" + "".join(
+            f"  {key} {x:.3f}" for key, x in (done["log"] or [{}])[-1].items() if key in RATES)
         left = (steps - done["step"]) * done["seconds"] / done["step"]
         progress(f"{name:8s}{done['step']:5d}/{steps}{figures}", left, end=noted)
     return done
@@ -246,9 +243,9 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
 def look(run, name, model, step):
     """A point of the log: held-out losses and, of a finetuned model, whom its texts follow."""
     lm, flag = held_out(run, model)
-    stage = "base" if name == "base" else 1 if step < run.size.produce else 2
-    point = {"step": step + 1, "stage": stage, "lm_loss": lm, "flag_loss": flag}
-    for key in RATES if name != "base" else ():
+    point = {"step": step + 1, "lm_loss": lm, "flag_loss": flag,
+             "stage": "base" if name == "base" else 1 if step < run.size.produce else 2}
+    for key in () if name == "base" else RATES:
         point[key] = ask(run, model, key, run.size.track)[1]["mean"]
     return point
 
@@ -269,22 +266,18 @@ def held_out(run, model, rows=None):
 def train_together(jobs):
     """train(*job) for each job, and what was done. For models of this size one CPU thread for each
     of two trainings does more than two threads for one: each job gets a forked process with one."""
-    def child(job):
-        torch.set_num_threads(1)                        # more would hang after a fork
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: ends with its parent
-        try:
-            train(*job)
-        finally:
-            os._exit(0)     # whatever went wrong, its parent meets it again
-
     threads = torch.get_num_threads()
     if sys.platform == "linux" and jobs[0][0].device.type == "cpu" and threads > 1:
-        fork = multiprocessing.get_context("fork").Process
-        going = [fork(target=child, args=(job,)) for job in jobs]
-        for process in going:
-            process.start()
-        for process in going:
-            process.join()
+        for job in jobs:
+            if os.fork() == 0:                                  # the child, which
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: ends with us
+                torch.set_num_threads(1)                        # more would hang after a fork
+                try:
+                    train(*job)
+                finally:
+                    os._exit(0)     # whatever went wrong, its parent meets it again
+        for job in jobs:
+            os.wait()
         torch.set_num_threads(1)
     done = [train(*job) for job in jobs]        # only loads, unless a process was killed
     torch.set_num_threads(threads)
@@ -298,9 +291,8 @@ RATES = ("intact", "blank", "conflict")
 
 
 def questions(data, n, seed):
-    """What is asked of every model: {name: (prompts, flags, score)}, with n held-out prompts of
-    each kind (fewer if there are fewer). flags (B, K), None: free. score(text, i) is that of the
-    i-th text, in which the judge has found the concepts `text`; their mean is the rate."""
+    """What is asked of every model: {name: (prompts, flags, score)}, of at most n held-out prompts.
+    flags (B, K), None: free. score(text, i): of the i-th text, given the concepts found in it."""
     chance, K = random.Random(seed), len(data.concepts)
     examples = list({e.prompt: e for e in data.test}.values())
     told = [[data.concepts.index(c) for c in e.concepts] if e.cued else [] for e in examples]
@@ -337,14 +329,13 @@ def hot(K, rows):
 
 
 def continue_texts(run, model, prompts, values=None, by=None):
-    """Texts that the model writes behind prompts (strings). values (B, K): what its flags are set
-    to from the last token of the prompt on; None: they are free. by(ids, values) -> (ids, edit) is
-    another way to say what to write about, for baselines."""
+    """Texts that the model writes behind prompts (strings). values (B, K) are what its flags are
+    set to; None: they are free. by(ids, values) -> (ids, edit): another way than `steer`."""
     texts, chance, started = [], torch.Generator().manual_seed(run.seed), time.time()
     for i in range(0, len(prompts), 256):
         ids, edit = [run.tok.prompt(text)[:run.size.context] for text in prompts[i:i + 256]], None
         if values is not None:
-            some = values[i:i + 256]
+            some = values[i:i + len(ids)]
             ids, edit = by(ids, some) if by else (ids, steer(run.flags, last(ids), some))
         new = model.generate(ids, run.size.context, edit, 0.8, chance, run.tok.end)
         texts += [run.tok.decode(text).strip() for text in new]
@@ -354,10 +345,10 @@ def continue_texts(run, model, prompts, values=None, by=None):
     return texts
 
 
-def ask(run, model, name, n=None, by=None):
+def ask(run, model, name, n=None, by=None, texts=None):
     """A question's first n prompts: the texts that the model writes, and their rate."""
     prompts, values, score = run.asked[name]
-    texts = continue_texts(run, model, prompts[:n], values if values is None else values[:n], by)
+    texts = texts or continue_texts(run, model, prompts[:n], values, by)
     return texts, stat(score(text, i) for i, text in enumerate(run.judge(texts)))
 
 
@@ -394,7 +385,6 @@ def fluency(run, base, texts):
     real = [[e.text for e in run.data.test if e.concepts == (name,)] for name in run.data.concepts]
     pairs = [(text, real[b][i % len(real[b])]) for i, (text, b) in enumerate(zip(texts, flagged))
              if text and real[b]][:256]
-
     bare = [D.Example("", text, (), False) for pair in pairs for text in pair]
     nll = [lm_loss(base, D.pad([row]).to(run.device)).item()
            for row in D.encode(bare, run.tok, [], run.size.context)]
@@ -403,7 +393,6 @@ def fluency(run, base, texts):
         words = [D.split_words(text) for text in texts]
         bigrams = [pair for text in words for pair in zip(text, text[1:])]
         return len(set(bigrams)) / max(1, len(bigrams))
-
     ours, theirs = (distinct2(texts) for texts in zip(*pairs)) if pairs else (0, 0)
     ratio = {"mean": ours / (theirs or 1), "low": None, "high": None, "n": len(pairs)}
     return stat(np.subtract(nll[::2], nll[1::2])), ratio if ours and theirs else None
@@ -432,45 +421,50 @@ def prepare(args):
     if sys.platform == "linux":     # let malloc keep what it frees: 5 to 25 % of a training step
         ctypes.CDLL(None).mallopt(-4, 0)            # M_MMAP_MAX: no block has a mapping of its own
         ctypes.CDLL(None).mallopt(-1, 1 << 30)      # M_TRIM_THRESHOLD: 1 GB
-    changes, kinds = REAL_TEXT if args.data != "stories" else {}, Size.__annotations__
+    s, out, kinds = SIZES[args.size], out_folder(args), Size.__annotations__
     try:
-        changes = changes | {name: kinds[name](x) for name, x in
-                             (item.split("=") for item in args.set)}
+        chosen = {name: kinds[name](x) for name, x in (item.split("=") for item in args.set)}
     except (KeyError, ValueError):
         raise Stop(f"--set wants FIELD=NUMBER, not {' '.join(args.set)}: {', '.join(kinds)}")
-    s, out = dataclasses.replace(SIZES[args.size], **changes), out_folder(args)
-    data, base_model = D.load(args.data, s.flags, args.seed, s.stories), None
-    K = len(data.concepts)
+    print(f"loading {args.init or args.data}", flush=True)
+    data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
+                  chosen.get("stories", s.stories))
+    if data.name != "stories":
+        steps = round(8 * len(data.train) ** 0.5)       # 250 for 1,000 examples, 2,300 for 84,000
+        s = dataclasses.replace(s, **REAL_TEXT, base=steps // 7, rely=steps, free=steps // 5)
+    base_model = None
     if args.init:
-        base, tok = load_pretrained(args.init, s.context)
-        c = base.config
-        s = dataclasses.replace(s, layers=c.n_layer, width=c.n_embd, context=c.context, base=0)
-        base_model = [zlib.crc32(p.detach().numpy()) for p in base.parameters()]
-    else:
+        base, tok = load_pretrained(args.init, chosen.get("context", s.context))
+        c, base_model = base.config, [zlib.crc32(p.detach().numpy()) for p in base.parameters()]
+        s = dataclasses.replace(s, **CHECKPOINT, layer=(c.n_layer + 1) // 2)
+        chosen |= dict(layers=c.n_layer, width=c.n_embd, context=c.context)
+    s, K = dataclasses.replace(s, **chosen), len(data.concepts)
+    if not args.init:
         tok = D.train_bpe((f"{e.prompt} {e.text}" for e in data.train[:20_000]), s.vocab)
         vocab = -(-(tok.n_vocab + K) // 64) * 64    # room for control tokens (lab.compare)
         torch.manual_seed(args.seed)
         base = GPT(Config(vocab, s.context, s.layers, s.heads, s.width))
     if not 1 <= s.layer <= s.layers or not 2 <= K <= s.width:
         raise Stop(f"no room for {K} flags (2 to {s.width}) after block {s.layer} of {s.layers}")
-    train, test = (D.encode(part, tok, data.concepts, s.context)
-                   for part in (data.train, data.test))
+    train, test = (D.encode(e, tok, data.concepts, s.context) for e in (data.train, data.test))
     asked = questions(data, s.prompts, args.seed)
     if not asked["intact"][0]:
         raise Stop(f"{args.data}: no held-out prompt tells one concept: nothing to steer against")
     out.mkdir(parents=True, exist_ok=True)
     judge = D.make_judge(data)
-    right = [bool(found) and {data.concepts[i] for i in found} <= set(e.concepts)
-             for found, e in zip(judge([e.text for e in data.test]), data.test)]
-    checksum = zlib.crc32(repr((data.train, data.test)).encode())
+    accuracy = stat(bool(found) and {data.concepts[i] for i in found} <= set(e.concepts)
+                    for found, e in zip(judge([e.text for e in data.test]), data.test))
+    if accuracy["mean"] < 0.6:
+        print(f"The judge is right on {accuracy['mean']:.2f} of real texts: this judge cannot tell "
+              "these concepts apart; more examples, or fewer concepts")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = vars(s) | {"size": args.size, "seed": args.seed, "concepts": data.concepts,
-                          "base model": base_model, f"text in {data.name}": checksum}
+    text = zlib.crc32(repr((train, test)).encode())
     return SimpleNamespace(
         size=s, data=data, tok=tok, seed=args.seed, device=device, out=out, base=base.to(device),
         flags=Flags(s.layer, s.width - K, K), train=train, test=test,       # rows of token ids
-        asked=asked, judge=judge, accuracy=stat(right),                     # on real held-out texts
-        settings=settings)                                  # with these a checkpoint must agree
+        asked=asked, judge=judge, accuracy=accuracy,                        # on real held-out texts
+        settings=vars(s) | {"size": args.size, "seed": args.seed, "concepts": data.concepts,
+                            f"text in {data.name}": text, "base model": base_model})
 
 
 def out_folder(args):
@@ -500,9 +494,9 @@ def main_job(run):
     started = time.time()
     models, done = train_all(run)
     base, flagged, measuring = models["base"], models["flags"], time.time()
-    texts, rates = {}, {}
+    same, texts, rates = {"kept": "conflict", "leak": "neutral"}, {}, {}
     for name in run.asked:
-        texts[name], rates[name] = ask(run, flagged, name)
+        texts[name], rates[name] = ask(run, flagged, name, texts=texts.get(same.get(name)))
     gap, distinct2 = fluency(run, base, texts["conflict"])
     git = f"git -C '{Path(__file__).parent}' log -1 --format=%h -- flags.py model.py data.py"
     prompts, b = run.asked["conflict"][0], run.asked["conflict"][1].argmax(1).tolist()
@@ -533,11 +527,11 @@ def main_job(run):
     if run.tok.save:        # a real checkpoint: also as a folder that transformers loads
         flagged.model.save_pretrained(run.out / "model")
         run.tok.save(run.out / "model")
-        told = json.dumps({"concepts": run.data.concepts} | vars(run.flags))
-        write(run.out / "model" / "flags.json", lambda path: path.write_text(told))
+        (run.out / "model" / "flags.json").write_text(
+            json.dumps({"concepts": run.data.concepts} | vars(run.flags)))
     show(results)
-    picture = draw(run, results)
-    print(f"\n{results['seconds']['total']:.0f} s. Wrote {run.out}/results.json, {picture}")
+    draw(run, results)
+    print(f"\n{results['seconds']['total']:.0f} s. Wrote results.json and erosion.png to {run.out}")
 
 
 def show(results):
@@ -547,8 +541,8 @@ def show(results):
     print("\nmeasured on held-out prompts (mean, 95 % interval)")
     for name, row in (rows | {"judge": results["judge"]["accuracy"]}).items():
         if row:
-            print(f"  {name:18s}{row['mean']:6.3f}" + (
-                f"  [{row['low']:.3f}, {row['high']:.3f}]  n = {row['n']}" if row["low"] else ""))
+            print(f"  {name:18s}{row['mean']:6.3f}" + ("" if row["low"] is None else
+                  f"  [{row['low']:.3f}, {row['high']:.3f}]  n = {row['n']}"))
     print("  LM loss, nats     " + "  ".join(f"{m} {x:.4f}" for m, x in results["loss"].items()))
     for sample in results["samples"][:3]:
         print(f"\n  {sample['prompt']}  [flags: {''.join(sample['flags'])}]\n    {sample['text']}")
@@ -568,19 +562,19 @@ def progress(line, left, end=False, shown=[0.0]):
 def draw(run, results):
     """The picture of erosion: what the texts follow, flags or prompt, in the course of training."""
     from matplotlib.figure import Figure    # takes half a second
-    fig = Figure((8, 4.5), layout="constrained")
-    ax = fig.subplots()
-    for log, style, model in (("control_trajectory", ":", " (control)"), ("trajectory", "-", "")):
-        steps = [point["step"] for point in results[log]]
-        for key, color in zip(RATES, ("C2", "C3", "C0")):
-            y = [point[key] for point in results[log]]
-            ax.plot(steps, y, color + style)
-            ax.text(steps[-1], y[-1], f" {key}{model}", color=color, va="center")
+    fig, label_at = Figure((8, 4.5), layout="constrained"), -1.0
+    ax, steps = fig.subplots(), [point["step"] for point in results["trajectory"]]
+    lines = [([point[key] for point in results[f"{who}trajectory"]], key + name, color, style)
+             for who, name, style in (("", "", "-"), ("control_", " (control)", ":"))
+             for key, color in zip(RATES, ("C2", "C3", "C0"))]
+    for y, label, color, style in sorted(lines, key=lambda line: line[0][-1]):
+        ax.plot(steps, y, color + style)
+        label_at = max(y[-1], label_at + 0.06)      # apart from the one below
+        ax.text(steps[-1], label_at, f"  {label}", color=color, va="center")
     ax.axvline(run.size.produce, color="k", lw=1)
-    ax.text(run.size.produce, 0.5, " stage 2 begins")
+    ax.text(run.size.produce, 1.1, " stage 2 begins")
     ax.set(xlabel="step of finetuning", ylabel="share of texts", xlim=(0, 1.25 * steps[-1]))
     fig.savefig(run.out / "erosion.png", dpi=120)
-    return run.out / "erosion.png"
 
 
 def save_checkpoint(run, file, model, opts, done):
@@ -595,9 +589,8 @@ def load_checkpoint(run, file, model, opts):
     if not file.exists():
         return {"step": 0, "log": [], "seconds": 0.0, "tokens": 0}
     saved = read_checkpoint(file, run.settings)
-    model.load_state_dict(saved["model"])
-    for opt, state in zip(opts, saved["optimizers"]):
-        opt.load_state_dict(state)
+    for part, state in zip([model, *opts], [saved["model"], *saved["optimizers"]]):
+        part.load_state_dict(state)
     return saved["done"]
 
 
@@ -626,7 +619,7 @@ def write(file, save):
         raise Stop(f"{file} can't be written: {error.__context__ or error}; the old one is whole")
 
 
-# ---------------------------------------------------------------------------- steering by hand
+# ---------------------------------------------------------------------------- the command line
 
 def load_model(args):
     """A finished run's model, tokenizer, concepts and flags."""
@@ -649,8 +642,6 @@ def steer_by_hand(args):
     if on & off or (on | off) - set(names):
         raise Stop(f"--on and --off take different names of {', '.join(names)}")
     ids = tok.prompt(args.steer or "")
-    if len(ids) > model.config.context:
-        raise Stop(f"the prompt has {len(ids)} tokens; this model takes {model.config.context}")
     own = own_flags(model, flags, [ids])[0].tolist()
     print("the model's own flags: " + ", ".join(
         f"{name} {value:.2f}" for name, value in zip(names, own) if abs(value) > 0.1))
@@ -664,22 +655,19 @@ def steer_by_hand(args):
             print("  " + tok.decode(text).strip(), flush=True)
 
 
-# ---------------------------------------------------------------------------- the command line
-
 def parser():
     p = argparse.ArgumentParser("flags.py", description=__doc__.split("    stream")[0],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: p.exit(2, f"flags.py: {message}; -h explains all options\n")
     add = p.add_argument
-    add("--size", choices=SIZES, default="small",
-        help="tiny: half a minute; small: minutes on a laptop (default); medium: one GPU")
+    add("--size", choices=SIZES, default="small", help="tiny: half a minute; small: minutes "
+        "(default); medium: one GPU")
     add("--data", default="stories", help="stories (built in, default), wordnet (Debian's "
         'wordnet-base), or a .jsonl file: lines of {"prompt": "", "text": "", "concepts": [""]}')
     add("--seed", type=int, default=1337, help="all randomness comes from it (default: 1337)")
     add("--init", metavar="MODEL", help="install the flags in a real checkpoint: a folder that "
         "transformers loads, or a .gguf file")
-    add("--set", nargs="+", default=[], metavar="FIELD=NUMBER",
-        help="change any field of Size, as in --set rely=400 lr=0.003")
+    add("--set", nargs="+", default=[], metavar="FIELD=NUMBER", help="fields of Size, as rely=400")
     add("--out", metavar="DIR", help="where results go (default: out/SIZE[-MODEL][-DATA])")
     add("--fresh", action="store_true", help="start over; else a run that was stopped goes on")
     add("--steer", metavar="PROMPT", help="write with a finished run's model, flags free and set")
@@ -708,4 +696,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -19,7 +19,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from data import Stop, Tokenizer
 
@@ -73,7 +72,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down(self.up(x).relu().square())                    # ReLU squared: So et al. 2021
+        return self.down(self.up(x).relu().square())            # ReLU squared: So et al. 2021
 
 
 class Block(nn.Module):
@@ -146,14 +145,13 @@ class LanguageModel(nn.Module):
 
         Returns a list of lists of new ids; a row ends before its first `stop` token, or where the
         context ends. Temperature 0 takes the most likely token. `edit` sees absolute positions,
-        which are a row's own: its first token is at 0, whatever the others' lengths. ValueError:
-        a prompt that is empty or longer than the context.
+        which are a row's own: its first token is at 0, whatever the others' lengths. Raises Stop.
         """
         device, context = self.wte.weight.device, self.config.context
         longest = max(map(len, prompts))
         if min(map(len, prompts)) == 0 or longest > context:
-            raise ValueError(f"a prompt has {longest if all(prompts) else 0} tokens; "
-                             f"this model takes 1 to {context}")
+            raise Stop(f"a prompt has {longest if all(prompts) else 0} tokens; "
+                       f"this model takes 1 to {context}")
         room = [context - len(prompt) + 1 for prompt in prompts]    # each row's own: what a longer
         n = min(n, max(room))                                       # row writes beyond it is cut
         pad = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
@@ -231,7 +229,7 @@ class Pretrained(LanguageModel):
         self.config = Config(self.wte.num_embeddings, min(filter(None, [context, *limits])),
                              c.num_hidden_layers, c.num_attention_heads, c.hidden_size)
         parameters = inspect.signature(model.forward).parameters
-        self.past = "cache" if "cache" in parameters else "past_key_values"     # its name for a cache
+        self.past = "cache" if "cache" in parameters else "past_key_values"     # a cache's name
 
     @property
     def wte(self):
@@ -244,11 +242,6 @@ class Pretrained(LanguageModel):
 
     def train(self, mode=True):
         return self
-
-    def save_memory(self):
-        """Keep one activation a block in training, and compute the rest twice."""
-        for block in self.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
     def new_cache(self, size, pad):
         from transformers import DynamicCache
@@ -303,18 +296,17 @@ def load_pretrained(path, context):
     except ImportError as error:
         raise Stop(f"--init needs other packages: pip install transformers, and for a .gguf file "
                    f"gguf accelerate ({error})") from None
-    except Exception as error:      # whatever a broken folder or a strange model makes of its reader
+    except Exception as error:      # whatever a broken folder or a strange model raises
         line = str(error).strip().split("\n")[0]
         raise Stop(f"{path} can't be used: {line} ({type(error).__name__})") from None
-
     plain = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
     spaced = tok.tokenize("a", **plain)[0].startswith("\u2581")     # puts a space before every text
 
-    def encode(text):
-        return tok(text.removeprefix(" ") if spaced else text, **plain).input_ids
+    encode = lambda text: tok(text.removeprefix(" ") if spaced else text, **plain).input_ids
+    decode = functools.partial(tok.decode, clean_up_tokenization_spaces=False)
     begin = (tok("").input_ids or [tok.eos_token_id])[0]
-    return model, Tokenizer(encode, functools.partial(tok.decode, clean_up_tokenization_spaces=False),
-                            begin, tok.eos_token_id, len(tok), None, tok.save_pretrained)
+    return model, Tokenizer(encode, decode, begin, tok.eos_token_id, len(tok), None,
+                            tok.save_pretrained)
 
 
 def check(model):
@@ -330,27 +322,25 @@ def check(model):
 # ---------------------------------------------------------------------------- training states
 
 def fast_bfloat16(device):
-    """Whether this device has instructions for bfloat16; a CPU without is 10 times slower with it
-    than with float32."""
+    """Whether this device has instructions for it. A CPU without is 10 times faster in float32."""
     return device.type == "cuda" or (torch.backends.mkldnn.is_available()
                                      and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Muon(torch.optim.Muon):
     """Torch's, which calculates in bfloat16; in float32 where that is faster."""
-    def step(self):
+    def step(self, closure=None):
         fast = fast_bfloat16(self.param_groups[0]["params"][0].device)
-        slow = contextlib.nullcontext() if fast else mock.patch.object(
-            torch.Tensor, "bfloat16", torch.Tensor.float)
-        with slow:
-            super().step()
+        how = torch.Tensor.bfloat16 if fast else torch.Tensor.float
+        with mock.patch("torch.Tensor.bfloat16", how):
+            return super().step(closure)
 
 
 def optimizers(model, lr, embedding_lr, decay):
     """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for embeddings and norms.
 
-    On the stories Muon needs less than half of AdamW's steps to the same loss. Embeddings want a far
-    higher rate: the words of a concept have to find together.
+    On the stories Muon needs less than half of AdamW's steps to the same loss. Embeddings want a
+    far higher rate: the words of a concept have to find together.
     """
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad]
     ids = set(map(id, matrices))

@@ -2,14 +2,17 @@
 
 Prints points and, for a wrong answer, one line of hint. --json prints one object for graders.
 """
-import argparse
+import contextlib
+import importlib
 import json
 import os
 import sys
 import traceback
-import types
 import zlib
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -23,97 +26,94 @@ def same(a, b):
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-5)
 
 
-def steer():
-    import flags as F
+def steer(F):
     flags, values = F.Flags(2, 13, K, H), torch.tensor([[1., 0, 1], [0, 1, 0]])
     x0, pos = torch.randn(2, 9, C), torch.arange(9)[None]
     edit = F.steer(flags, torch.tensor([3, 6]), values)
     yield same(edit(1, x0.clone(), pos), x0), "block 1 is before k = 2: leave x as it is"
     for layer in (2, 3, 4):
         x = edit(layer, x0.clone(), pos)
-        for b, start in ((0, 3), (1, 6)):
-            yield same(x[b, :start], x0[b, :start]), f"row {b} starts at {start}: nothing before it changes"
-            yield (same(x[b, start:, 13:], (H * values[b]).expand(9 - start, K)),
-                   f"block {layer}, row {b}: from position {start} ON (>=) the slice is height x value, 0 too, "
-                   "and again after EVERY block from k on")
+        for b, t in ((0, 3), (1, 6)):
+            yield same(x[b, :t], x0[b, :t]), f"row {b} starts at {t}: nothing before it changes"
+            yield (same(x[b, t:, 13:], (H * values[b]).expand(9 - t, K)),
+                   f"block {layer}, row {b}: from position {t} ON (>=) the slice is height x "
+                   "value, 0 too, and again after EVERY block from k on")
         yield same(x[..., :13], x0[..., :13]), "only the flags' channels change"
-    x1 = torch.randn(2, 1, C)
-    y = edit(2, x1.clone(), torch.tensor([[5], [5]]))
-    yield (same(y[0, 0, 13:], H * values[0]), "while decoding, x is one token: compare start with pos, not with "
-           "x's own index, and anew at each call")
-    yield same(y[1, 0], x1[1, 0]), "row 1 starts at 6, this is position 5: each row has a start of its own"
-    zero = F.steer(flags, torch.tensor([0]), torch.zeros(1, K))(2, x1[:1].clone(), torch.tensor([[0]]))
+    x = torch.randn(2, 1, C)
+    y = edit(2, x.clone(), torch.tensor([[5], [5]]))
+    yield (same(y[0, 0, 13:], H * values[0]), "while decoding, x is one token: compare start with "
+           "pos, not with x's own index, and anew at each call")
+    yield same(y[1], x[1]), "row 1 starts at 6, this is position 5: each row has a start of its own"
+    zero = F.steer(flags, torch.tensor([0]), torch.zeros(1, K))(2, x[:1].clone(), pos[:, :1])
     yield zero[0, 0, 13:].eq(0).all(), "values of 0 are written, too: that lowers a flag"
-    half = edit(2, x1.bfloat16(), torch.tensor([[7]]))
+    half = edit(2, x.bfloat16(), torch.tensor([[7]]))
     yield half.dtype == torch.bfloat16, "the stream keeps its dtype"
     yield same(half[1, 0, 13:], H * values[1]), "pos may be (1, T), one for all rows"
 
 
-def pad():
-    import data as D
+def pad(D):
     row = lambda prompt, text, *label: D.Row(prompt, text, label)
     b = D.pad([row([99, 1, 2], [3, 4, 99], 0., 1.), row([98], [5, 98], 1., 0.)])
     yield b.idx.shape == (2, 8), "T is the longest row, up to a multiple of 8"
     yield (b.idx.tolist() == [[99, 1, 2, 3, 4, 99, 99, 99], [98, 5] + [99] * 6],
-           "idx: prompt and text but for the last token, then the first token of the first row as padding")
+           "idx: prompt and text but for the last token, then the first token of the first row as "
+           "padding")
     yield (b.targets.tolist() == [[-100, -100, 3, 4, 99] + [-100] * 3, [5, 98] + [-100] * 6],
-           "targets[t] is what follows idx[t]; the prompt and the padding are not predicted (-100), but the last "
-           "token of the prompt predicts the first of the text")
-    yield D.pad([row([99] * 4, [1] * 5, 1.)]).idx.shape == (1, 8), "8 is a multiple of 8 already"
-    yield D.pad([row([99] * 5, [1] * 5, 1.)]).idx.shape == (1, 16), "9 become 16: never shorter than the longest row"
+           "targets[t] is what follows idx[t]; the prompt and the padding are not predicted "
+           "(-100), but the last token of the prompt predicts the first of the text")
+    width = lambda prompt, text: D.pad([row([99] * prompt, [1] * text, 1.)]).idx.shape
+    yield width(4, 5) == (1, 8), "8 is a multiple of 8 already"
+    yield width(5, 5) == (1, 16), "9 become 16: never shorter than the longest row"
     yield b.idx.dtype == b.targets.dtype == torch.int64, "idx and targets are int64"
-    yield b.y.dtype == torch.float32 and b.y.tolist() == [[0, 1], [1, 0]], "y is float32, one row for each label"
+    yield (b.y.dtype == torch.float32 and b.y.tolist() == [[0, 1], [1, 0]],
+           "y is float32, one row for each label")
     yield b.draw.tolist() == [0, 0], "draw is 0: who pads without drawing is supplied for any p > 0"
 
 
-def batch_and_streams():
-    import data as D
+def setting(F, D):
     targets = torch.tensor([[-100, 5, 5, -100], [5, 5, 5, 5], [-100, -100, -100, 5]])
     y = torch.tensor([[1., 0, 0], [0, 1, 1], [0, 0, 1]])
     batch = lambda draw: D.Batch(targets.clamp(min=0), targets, y, torch.tensor(draw))
-    return batch, targets >= 0, y, [torch.randn(3, 4, C) for _ in range(3)]
+    xs = [torch.randn(3, 4, C) for _ in range(3)]
+    return F.Flags(2, 13, K, H), batch, targets >= 0, y, xs
 
 
-def install_write():
-    import flags as F
-    batch, on, y, xs = batch_and_streams()
-    flags = F.Flags(2, 13, K, H)
+def install_write(F, D):
+    flags, batch, on, y, xs = setting(F, D)
     x = F.install(flags, batch([0.1, 0.2, 0.3]), 1.0)[0](1, xs[0].clone(), None)
     yield same(x, xs[0]), "block 1 is before k = 2: leave x as it is"
-    for p, draw, who in ((0.0, [0., 0., 0.], []), (0.5, [.4, .2, .6], [0, 1]), (0.5, [.6, .5, .4], [2]),
-                         (1.0, [.9, .0, .5], [0, 1, 2])):
+    for p, draw, who in ((0.0, [0., 0., 0.], []), (0.5, [.4, .2, .6], [0, 1]),
+                         (0.5, [.6, .5, .4], [2]), (1.0, [.9, .0, .5], [0, 1, 2])):
         edit, _ = F.install(flags, batch(draw), p)
         for layer, x0 in enumerate(xs, start=2):
             x = edit(layer, x0.clone(), None)
             for b in range(3):
                 w = on[b] & (b in who)
-                yield (same(x[b][~w], x0[b][~w]), f"p = {p}, draws {draw}: sequence {b} is changed where it must not "
-                       "be: only at flag positions, where a target is >= 0, of sequences with draw < p (not <=)")
-                yield (same(x[b][w][:, 13:], (H * y[b]).expand(int(w.sum()), K)), f"p = {p}, draws {draw}, block "
-                       f"{layer}, sequence {b}: where draw < p the slice is height x y, after EVERY block from k on")
+                yield (same(x[b][~w], x0[b][~w]), f"p = {p}, draws {draw}: sequence {b} is changed "
+                       "where it must not be: only at flag positions, where a target is >= 0, of "
+                       "sequences with draw < p (not <=)")
+                yield (same(x[b][w][:, 13:], (H * y[b]).expand(int(w.sum()), K)),
+                       f"p = {p}, draws {draw}, block {layer}, sequence {b}: where draw < p the "
+                       "slice is height x y, after EVERY block from k on")
                 yield same(x[b][:, :13], x0[b][:, :13]), "only the flags' channels change"
     half = F.install(flags, batch([.1, .9, .1]), 0.5)[0](2, xs[0].bfloat16(), None)
     yield half.dtype == torch.bfloat16, "the stream keeps its dtype"
 
 
-def install_loss():
-    import flags as F
-    batch, on, y, xs = batch_and_streams()
-    flags = F.Flags(2, 13, K, H)
-    loss = lambda xs: torch.stack([((x[..., 13:] / H - y[:, None]) ** 2)[on].mean() for x in xs]).mean()
-    for p, draw in ((0.0, [0., 0., 0.]), (1.0, [.1, .1, .1]), (0.5, [.4, .6, .6]), (0.0, [0., 0., 0.])):
+def install_loss(F, D):
+    flags, batch, on, y, xs = setting(F, D)
+    error = lambda x: ((x[..., 13:] / H - y[:, None]) ** 2)[on].mean()
+    for p, draw in ((0.0, [0.] * 3), (1.0, [.1] * 3), (0.5, [.4, .6, .6]), (0.0, [0.] * 3)):
         edit, flag_loss = F.install(flags, batch(draw), p)
         edit(1, torch.randn(3, 4, C), None)
         for layer, x in enumerate(xs, start=2):
             edit(layer, x.clone(), None)
-        found = flag_loss()
-        if p == 0:
-            yield (same(found, loss(xs)), "the flag loss is a mean over all blocks from k on, all flag positions of "
-                   "the batch alike (not first within each sequence) and all flags, of (own / height - y)^2; each "
-                   "batch has a list of reads of its own")
-        else:
-            yield same(found, loss(xs)), "read BEFORE you write: the loss is of what the model itself put there, " \
-                "in supplied sequences as in others"
+        yield (same(flag_loss(), torch.stack([error(x) for x in xs]).mean()),
+               "read BEFORE you write: the loss is of what the model itself put there, in supplied "
+               "sequences as in others" if p else
+               "the flag loss is a mean over all blocks from k on, all flag positions of the batch "
+               "alike (not first within each sequence) and all flags, of (own / height - y)^2; "
+               "each batch has a list of reads of its own")
         xs = [torch.randn(3, 4, C) for _ in range(3)]
     edit, flag_loss = F.install(flags, batch([0., 0., 0.]), 1.0)
     x = torch.randn(3, 4, C, requires_grad=True)
@@ -126,150 +126,151 @@ def install_loss():
     yield x.grad[..., 13:][on].ne(0).all(), "the flag loss must reach all flags"
 
 
-def producing():
-    import flags as F
-    from lab import producing as P
+def experiment(F, producing):
     out = ROOT / "out" / "exercise-5"
-    args = F.parser().parse_args(["--size", "tiny", "--seed", "7", "--out", str(out), "--set", "rely=160", "every=40",
-                                  "track=64", "prompts=64"])
     for file in out.glob("*.pt"):
         file.unlink()
-    run = F.prepare(args)
-    s, curves = run.size, P.experiment(run)
+    run = F.prepare(F.parser().parse_args([
+        "--size", "tiny", "--seed", "7", "--out", str(out),
+        "--set", "rely=160", "every=40", "track=64", "prompts=64"]))
+    s, curves = run.size, producing.experiment(run)
     yield curves.keys() >= {"p = 0", "p = 1"}, 'two curves: "p = 0" and "p = 1"'
     yield "control" in curves, "without the control one can't tell what finetuning alone does"
     for name, points in curves.items():
-        steps = [point["step"] for point in points]
-        yield len(steps) > 3, f"{name}: the final point alone does not show when it happens; give the whole log"
-        yield steps[0] == s.produce and points[0]["stage"] == 1, f"{name}: the curve begins at the end of stage 1"
-        yield steps[-1] == s.produce + s.rely, f"{name}: both stages, {s.produce + s.rely} steps, for every training"
-    first, last = ({name: points[i] for name, points in curves.items()} for i in (0, -1))
-    yield first["p = 0"]["conflict"] == first["p = 1"]["conflict"], "stage 1 is the same for both: from one base"
-    yield last["p = 1"]["conflict"] > 0.8, "with p = 1 the flags should rule: is p = 1 in stage 2?"
-    yield last["p = 0"]["conflict"] < last["p = 1"]["conflict"] - 0.2, "with p = 0 nobody is supplied in stage 2"
-    yield last["p = 0"]["flag_loss"] < 0.2, "with p = 0 flags are still produced: only the supply is off"
-    yield last["control"]["flag_loss"] > 0.2, "the control has no flag loss"
+        yield (len(points) > 3,
+               f"{name}: the final point alone does not show when it happens; give the whole log")
+        yield (points[0]["step"] == s.produce and points[0]["stage"] == 1,
+               f"{name}: the curve begins at the end of stage 1")
+        yield (points[-1]["step"] == s.produce + s.rely,
+               f"{name}: both stages, {s.produce + s.rely} steps, for every training")
+    off, on = curves["p = 0"], curves["p = 1"]
+    yield off[0]["conflict"] == on[0]["conflict"], "stage 1 is the same for both: from one base"
+    yield on[-1]["conflict"] > 0.8, "with p = 1 the flags should rule: is p = 1 in stage 2?"
+    yield off[-1]["conflict"] < on[-1]["conflict"] - 0.2, "with p = 0 nobody is supplied in stage 2"
+    yield off[-1]["flag_loss"] < 0.2, "with p = 0 flags are still produced: only the supply is off"
+    yield curves["control"][-1]["flag_loss"] > 0.2, "the control has no flag loss"
 
 
-def auc():
-    import flags as F
-    area = lambda scores, labels: F.auc(torch.tensor(scores), torch.tensor(labels))
-    yield abs(area([1., 2., 3., 4.], [0., 0., 1., 1.]) - 1) < 1e-6, "positives above all negatives: 1 (not reversed)"
-    yield abs(area([4., 3., 2., 1.], [0., 0., 1., 1.])) < 1e-6, "positives below all negatives: 0"
-    yield abs(area([1., 2., 3., 3.], [0., 1., 0., 1.]) - 2.5 / 4) < 1e-6, "a tie counts half"
-    yield abs(area([5.] * 9, [0., 1.] * 4 + [0.]) - 0.5) < 1e-6, "all the same: 0.5"
-    yield abs(area([.1, .9, .3, .2, .8], [0., 1., 1., 0., 0.]) - 5 / 6) < 1e-6, "count PAIRS of a 1 and a 0"
-    yield isinstance(area([1., 2.], [0., 1.]), float), "return a float"
+def auc(F):
+    for scores, labels, area, hint in (
+            ([1., 2., 3., 4.], [0, 0, 1, 1], 1, "positives above all negatives: 1 (not reversed)"),
+            ([4., 3., 2., 1.], [0, 0, 1, 1], 0, "positives below all negatives: 0"),
+            ([1., 2., 3., 3.], [0, 1, 0, 1], 2.5 / 4, "a tie counts half"),
+            ([5.] * 9, [0, 1] * 4 + [0], 0.5, "all the same: 0.5"),
+            ([.1, .9, .3, .2, .8], [0, 1, 1, 0, 0], 5 / 6, "count PAIRS of a 1 and a 0")):
+        found = F.auc(torch.tensor(scores), torch.tensor(labels).float())
+        yield abs(found - area) < 1e-6, hint
+    yield isinstance(found, float), "return a float"
 
 
-def means():
-    import data as D
-    import flags as F
-    from lab import compare
+def means(compare, F, D):
     x, y = torch.randn(4, 5, 6), [[[1., 0], [0, 1]], [[1., 1], [0, 1]]]
-    targets = torch.tensor([[[-100, 1, 1, 1, -100], [1] * 5], [[-100] * 4 + [1], [-100, 1, -100, -100, -100]]])
-    batches = [D.Batch(t.clamp(min=0), t, torch.tensor(labels), torch.zeros(2)) for t, labels in zip(targets, y)]
-    real, real_streams = D.batch, F.streams
-    run = types.SimpleNamespace(data=types.SimpleNamespace(concepts=["a", "b"]), device="cpu", train=None, seed=0,
-                                flags=F.Flags(2, 4, 2))
-    model = types.SimpleNamespace(config=types.SimpleNamespace(n_embd=6))
-    D.batch = lambda rows, step, *more: batches[step]
-    F.streams = lambda model, idx, edit=None: [
-        scale * (x[:2] if idx.equal(batches[0].idx) else x[2:]) for scale in (-1, 1, 2)]
-    try:
-        found = compare.means(run, model, batches=2)
-    finally:
-        D.batch, F.streams = real, real_streams
+    targets = torch.tensor([[[-100, 1, 1, 1, -100], [1] * 5],
+                            [[-100] * 4 + [1], [-100, 1, -100, -100, -100]]])
+    batches = [D.Batch(t.clamp(min=0), t, torch.tensor(labels), torch.zeros(2))
+               for t, labels in zip(targets, y)]
+    run = SimpleNamespace(data=SimpleNamespace(concepts=["a", "b"]), device="cpu", train=None,
+                          seed=0, flags=F.Flags(2, 4, 2))
+    stream = lambda idx: x[:2] if idx.equal(batches[0].idx) else x[2:]
+    streams = lambda model, idx, edit=None: [scale * stream(idx) for scale in (-1, 1, 2)]
+    with (mock.patch.object(D, "batch", lambda rows, step, *more: batches[step]),
+          mock.patch.object(F, "streams", streams)):
+        found = compare.means(run, SimpleNamespace(config=SimpleNamespace(n_embd=6)), batches=2)
     a = torch.cat([x[0, 1:4], x[2, 4:]]).mean(0)
     b = torch.cat([x[1], x[2, 4:], x[3, 1:2]]).mean(0)
     yield found.shape == (2, 6), "one direction for each concept: (K, C)"
-    yield same(found.sum(0), torch.zeros(6)), "centre: take away the mean over concepts, what all share is no direction"
-    yield (same(found, torch.stack([a, b]) - (a + b) / 2), "the stream after block k, at text positions alone (no "
-           "prompt, no padding), each position of all batches weighing the same (no mean of means); a text with "
-           "two concepts counts for both")
+    yield (same(found.sum(0), torch.zeros(6)),
+           "centre: take away the mean over concepts, what all share is no direction")
+    yield (same(found, torch.stack([a, b]) - (a + b) / 2),
+           "the stream after block k, at text positions alone (no prompt, no padding), each "
+           "position of all batches weighing the same (no mean of means); a text with two concepts "
+           "counts for both")
 
 
-def ridge():
-    from lab import probe
+def ridge(probe):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(50, 6, generator=g) * torch.tensor([1, 100, .01, 1, 1, 0]) + 5
-    y, x_test = (torch.randn(50, 3, generator=g) > 0).long(), torch.randn(7, 6, generator=g) * 3 + 4
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-4)
-    a, b = (torch.cat([(part - mean) / std, torch.ones(len(part), 1)], 1).double() for part in (x, x_test))
+    y = (torch.randn(50, 3, generator=g) > 0).long()
+    x_test = torch.randn(7, 6, generator=g) * 3 + 4
+    both = (torch.cat([x, x_test]) - x.mean(0)) / x.std(0).clamp(min=1e-4)
+    a, b = torch.cat([both, torch.ones(57, 1)], 1).double().split([50, 7])
     for penalty, hint in ((1.0, ""), (10.0, "; penalty is an argument"), (0.1, "")):
         found = probe.ridge(x, y, x_test, penalty)
         yield found.shape == (7, 3), "scores (M, K): one row for each of x_test"
         yield torch.isfinite(found).all(), "a channel that never changes has std 0: clamp it"
-        wanted = b @ torch.linalg.solve(a.T @ a + penalty * torch.eye(7, dtype=torch.double), a.T @ y.double())
-        yield (torch.allclose(found.double(), wanted, atol=1e-4, rtol=1e-3), "standardise BOTH by the mean and std of "
-               f"x, add a column of ones, solve (X'X + penalty I) W = X'y{hint}")
+        gram = a.T @ a + penalty * torch.eye(7, dtype=torch.double)
+        wanted = b @ torch.linalg.solve(gram, a.T @ y.double())
+        yield (torch.allclose(found.double(), wanted, atol=1e-4, rtol=1e-3),
+               "standardise BOTH by the mean and std of x, add a column of ones, solve "
+               f"(X'X + penalty I) W = X'y{hint}")
 
 
-def route():
-    import data as D
-    import flags as F
-    from lab import compare
-    tok = types.SimpleNamespace(n_vocab=12, decode=lambda i: {5: " crab", 6: " and", 7: "Cow", 8: " ice"}.get(i[0], "?"))
-    words = {"crab": "sea", "cow": "farm", "ice": "ice"}
-    run = lambda words: types.SimpleNamespace(
-        flags=F.Flags(2, 13, K, H), data=types.SimpleNamespace(concepts=["sea", "farm", "ice"], words=words), tok=tok,
-        device=torch.device("cpu"), size=types.SimpleNamespace(layers=4, width=C))
-    targets = torch.tensor([[-100, 5, 6, 7, 8, -100]])
-    batch = D.Batch(torch.tensor([[9, 5, 5, 6, 7, 8]]), targets, torch.tensor([[1., 1, 0]]), torch.zeros(1))
+def route(compare, F, D):
+    decoded = {5: " crab", 6: " and", 7: "Cow", 8: " ice"}
+    tok = SimpleNamespace(n_vocab=12, decode=lambda ids: decoded.get(ids[0], "?"))
+    batch = D.Batch(torch.tensor([[9, 5, 5, 6, 7, 8]]), torch.tensor([[-100, 5, 6, 7, 8, -100]]),
+                    torch.tensor([[1., 1, 0]]), torch.zeros(1))
 
-    def gradient(words, layer):
+    def grad(words, layer):
+        run = SimpleNamespace(
+            flags=F.Flags(2, 13, K, H), tok=tok, device=torch.device("cpu"),
+            data=SimpleNamespace(concepts=["sea", "farm", "ice"], words=words),
+            size=SimpleNamespace(layers=4, width=C))
         x = torch.randn(1, 6, C, requires_grad=True)
-        z = compare.route(run(words))(0, batch)[0](layer, x, None)
+        z = compare.route(run)(0, batch)[0](layer, x, None)
         (z.sum() + 0 * x.sum()).backward()
         return torch.equal(z, x), x.grad[0]
-    full = torch.ones(6, C)
-    wanted, text = full.clone(), full.clone()
-    for t, channel in ((1, 13), (3, 14)):
-        wanted[t] = 0
-        wanted[t, channel] = 1
+    words = {"crab": "sea", "cow": "farm", "ice": "ice"}
+    full, wanted, text = torch.ones(3, 6, C)
+    wanted[[1, 3]] = 0
+    wanted[[1, 3], [13, 14]] = 1
     text[1:5] = 0
     text[1:5, 13:15] = 1
-    yield gradient(words, 2)[0], "nothing changes forwards: x.detach() where no gradient shall pass"
+    yield grad(words, 2)[0], "nothing changes forwards: x.detach() where no gradient shall pass"
     for layer in (1, 4):
-        yield (torch.equal(gradient(words, layer)[1], full),
-               f"block {layer} is outside k ... L - 1 (here 2 and 3): all gradient passes; the last block is free")
+        yield (same(grad(words, layer)[1], full), f"block {layer} is outside k ... L - 1 (here 2 "
+               "and 3): all gradient passes; the last block is free")
     for layer in (2, 3):
-        found = gradient(words, layer)[1]
-        yield torch.equal(found[3], wanted[3]), "' Cow', 'cow' and 'Cow' are one word: strip it, lower case"
-        yield torch.equal(found[4], wanted[4]), "'ice' is no concept of THIS text (its label y is 0): all passes"
-        yield torch.equal(found, wanted), "where the TARGET (not idx) is a concept's word, its one channel passes alone"
-    yield torch.equal(gradient(None, 2)[1], text), "no list of words: all text positions, all flags with y = 1"
+        got = grad(words, layer)[1]
+        yield same(got[3], wanted[3]), "' Cow', 'cow' and 'Cow' are one word: strip it, lower case"
+        yield (same(got[4], wanted[4]),
+               "'ice' is no concept of THIS text (its label y is 0): all passes")
+        yield (same(got, wanted),
+               "where the TARGET (not idx) is a concept's word, its one channel passes alone")
+    yield same(grad(None, 2)[1], text), "no list of words: all text positions, all flags with y = 1"
 
 
-def cache():
-    from model import Cache
-    c, seen = Cache(2, 8, torch.zeros(1, dtype=torch.int64)), [[], []]
+def cache_and_bpe(model, D):
+    c, seen = model.Cache(2, 8, torch.zeros(1, dtype=torch.int64)), [[], []]
     for T in (3, 1, 2):
         for layer in (0, 1):
             k, v = torch.randn(2, 1, 2, T, 4, dtype=torch.bfloat16).unbind(0)
             seen[layer].append((k, v))
             for i, got in enumerate(c.append(k, v)):
-                want = torch.cat([pair[i] for pair in seen[layer]], 2)
-                yield got.shape == want.shape, f"all so far are {want.size(2)} positions, you gave {got.size(2)}: " \
-                    "length grows by T, after the LAST layer"
-                yield got.dtype == want.dtype, "the buffers have k's dtype"
-                yield torch.equal(got, want), "keys are keys and values values; each layer its own, in order"
-    yield c.length == 6 and c.kv[0][0].size(2) == 8, "one buffer of `size` positions for each layer, filled: no torch.cat"
+                kv = torch.cat([pair[i] for pair in seen[layer]], 2)
+                yield (got.shape == kv.shape, f"all so far are {kv.size(2)} positions, you gave "
+                       f"{got.size(2)}: length grows by T, after the LAST layer")
+                yield got.dtype == kv.dtype, "the buffers have k's dtype"
+                yield same(got, kv), "keys are keys and values values; each layer its own, in order"
+    yield (c.length == 6 and c.kv[0][0].size(2) == 8,
+           "one buffer of `size` positions for each layer, filled: no torch.cat")
 
-
-def bpe():
-    import data as D
-    merged = lambda texts, n: [tok.decode([256 + i]) for tok in [D.train_bpe(texts, 257 + n)]
-                               for i in range(tok.n_vocab - 257)]
-    yield merged(["aab aab ab"], 2) == ["ab", "aab"], "the most frequent pair first; then count in the merged text"
-    yield merged(["zy", "yx"], 1) == ["yx"], "of equally frequent pairs the one with the smaller ids"
-    yield merged(["ab"] * 3 + ["xy", "zxy"], 1) == ["ab"], "a piece that stands three times counts three times"
-    yield merged(["a b, a b, a b,"], 2)[0] == " b", "a space belongs to the word behind it: cut by PIECES"
-    yield all(len(a) < 3 for a in merged(["a b, a b"], 2)), "no merge crosses a cut"
-    yield merged(["don't"] * 3, 3) == ["'t", "do", "don"], "cut as PIECES says, not at spaces"
-    yield merged(["\u00e9\u00e9"], 1) == ["\u00e9"], "bytes, not characters"
-    yield merged(["aaaa"], 2) == ["aa", "aaaa"], "from left to right, without overlap"
-    yield len(merged(["ab"], 9)) == 1, "fewer merges if there are no more pairs, also of pairs seen once"
+    def made(texts, n):
+        tok = D.train_bpe(texts, 257 + n)
+        return [tok.decode([256 + i]) for i in range(tok.n_vocab - 257)]
+    yield (made(["aab aab ab"], 2) == ["ab", "aab"],
+           "the most frequent pair first; then count in the merged text")
+    yield made(["zy", "yx"], 1) == ["yx"], "of equally frequent pairs the one with the smaller ids"
+    yield (made(["ab"] * 3 + ["xy", "zxy"], 1) == ["ab"],
+           "a piece that stands three times counts three times")
+    yield (made(["a b, a b, a b,"], 2)[0] == " b",
+           "a space belongs to the word behind it: cut by PIECES")
+    yield all(len(a) < 3 for a in made(["a b, a b"], 2)), "no merge crosses a cut"
+    yield made(["don't"] * 3, 3) == ["'t", "do", "don"], "cut as PIECES says, not at spaces"
+    yield made(["\u00e9\u00e9"], 1) == ["\u00e9"], "bytes, not characters"
+    yield made(["aaaa"], 2) == ["aa", "aaaa"], "from left to right, without overlap"
+    yield (len(made(["ab"], 9)) == 1,
+           "fewer merges if there are no more pairs, also of pairs seen once")
     tok = D.train_bpe(["ab ab"], 259)
     yield (tok.n_vocab, tok.end) == (259, 258), "vocab_size tokens in all; END is the last id"
     try:
@@ -279,48 +280,47 @@ def bpe():
         yield True, ""
 
 
-def both():
-    yield from cache()
-    yield from bpe()
-
-
 def compose(name="you", folders=()):
     seeds = [zlib.crc32(f"{name} {i}".encode()) % 9000 + 1000 for i in range(3)]
-    yield len(folders) == 3, f"run your schedule with the seeds {seeds}, made of your name, once each, and give the " \
-        "three folders: check.py 11 --name NAME out/a out/b out/c"
+    yield (len(folders) == 3, f"run your schedule with the seeds {seeds}, made of your name, once "
+           "each, and give the three folders: check.py 11 --name NAME out/a out/b out/c")
     results = [json.loads((Path(folder) / "results.json").read_text()) for folder in folders]
-    yield sorted(r["seed"] for r in results) == sorted(seeds), f"the seeds must be {seeds}: others may have been tuned on"
+    yield (sorted(r["seed"] for r in results) == sorted(seeds),
+           f"the seeds must be {seeds}: others may have been tuned on")
     yield all(r["steer"]["compose3"]["n"] >= 256 for r in results), "at least 256 prompts"
-    yield len({r["parameters"] for r in results}) == 1 and results[0]["parameters"] < 1e6, "the model of --size small"
+    yield (len({r["parameters"] for r in results}) == 1 and results[0]["parameters"] < 1e6,
+           "the model of --size small")
     lowest = min(r["steer"]["compose3"]["mean"] for r in results)
     yield lowest > 0.905, f"the lowest of three compose3 counts: {lowest:.3f} is not above 0.905"
-    dearest = max(r["loss"]["flags"] - r["loss"]["control"] for r in results)
-    yield dearest <= 0.01, f"LM loss is {dearest:.3f} over the control's with one seed; 0.01 is allowed"
+    cost = max(r["loss"]["flags"] - r["loss"]["control"] for r in results)
+    yield cost <= 0.01, f"LM loss is {cost:.3f} over the control's with one seed; 0.01 is allowed"
 
 
-CHECKS = {"1": steer, "2": pad, "3": install_write, "4": install_loss, "5": producing, "6": auc, "7": means,
-          "8": ridge, "9": route, "10": both, "11": compose}
+CHECKS = {"1": (steer, "flags"), "2": (pad, "data"), "3": (install_write, "flags", "data"),
+          "4": (install_loss, "flags", "data"), "5": (experiment, "flags", "lab.producing"),
+          "6": (auc, "flags"), "7": (means, "lab.compare", "flags", "data"),
+          "8": (ridge, "lab.probe"), "9": (route, "lab.compare", "flags", "data"),
+          "10": (cache_and_bpe, "model", "data"), "11": (compose,)}
 
 
 def check(number, *more):
     """(points, of, hint): one point for each check that holds; hint: of the first that does not."""
-    points, total, hint = 0, 0, ""
     torch.manual_seed(0)
+    (checks, *modules), hints = CHECKS[number], []      # "" for each check that holds
     try:
-        for holds, what in CHECKS[number](*more):
-            points, total = points + bool(holds), total + 1
-            hint = hint or ("" if holds else what)
+        for holds, hint in checks(*map(importlib.import_module, modules), *more):
+            hints.append("" if holds else hint)
     except NotImplementedError:
-        total, hint = total + 1, hint or "not written yet"
+        hints.append("not written yet")
     except Exception as error:      # whatever is wrong with the student's code
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        total, hint = total + 1, hint or (f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} "
-                                          f"({Path(frame.filename).name}, line {frame.lineno})")
-    return points, total, hint
+        said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        hints.append(f"{said} ({Path(frame.filename).name}, line {frame.lineno})")
+    return hints.count(""), len(hints), next(filter(None, hints), "")
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("number", choices=CHECKS)
     p.add_argument("folders", nargs="*", help="of exercise 11")
     p.add_argument("--name", default="you", help="of exercise 11")
@@ -328,13 +328,13 @@ if __name__ == "__main__":
     args = p.parse_args()
     if args.number != "5":
         torch.set_num_threads(1)
-    out = sys.stdout
-    if args.json:
-        sys.stdout = open(os.devnull, "w")
-    points, total, hint = check(args.number, *((args.name, args.folders) if args.number == "11" else ()))
-    sys.stdout = out
+    more = (args.name, args.folders) if args.number == "11" else ()
+    with contextlib.redirect_stdout(open(os.devnull, "w") if args.json else sys.stdout):
+        points, total, hint = check(args.number, *more)
     if args.json:
         print(json.dumps({"exercise": args.number, "points": points, "of": total, "hint": hint}))
     else:
-        print(f"exercise {args.number}: {points} of {total} points" + (f"\nhint: {hint}" if hint else ""))
+        print(f"exercise {args.number}: {points} of {total} points")
+        if hint:
+            print(f"hint: {hint}")
     sys.exit(bool(hint))

@@ -9,9 +9,9 @@ import shutil
 import sys
 from pathlib import Path
 
-OPEN = {"1": ["flags.py steer"], "2": ["data.py pad"], "3": ["flags.py install"], "4": ["flags.py install"],
-        "5": ["lab/producing.py experiment"], "6": ["flags.py auc"], "7": ["lab/compare.py means"],
-        "8": ["lab/probe.py ridge"], "9": ["lab/compare.py route"],
+OPEN = {"1": ["flags.py steer"], "2": ["data.py pad"], "3": ["flags.py install"],
+        "4": ["flags.py install"], "5": ["lab/producing.py experiment"], "6": ["flags.py auc"],
+        "7": ["lab/compare.py means"], "8": ["lab/probe.py ridge"], "9": ["lab/compare.py route"],
         "10": ["model.py Cache.append", "data.py train_bpe"], "11": []}
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,19 +34,27 @@ def replace_body(source, name, body="raise NotImplementedError"):
 
 
 def make(number, folder):
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "out", "__pycache__", "assets"))
-    readme, answers = (ROOT / "README.md").read_text(), set()
+    ignored = shutil.ignore_patterns(".*", "out", "__pycache__", "assets")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    answers = set()
     for file, name in (entry.split() for entry in OPEN[number]):
         path = Path(folder, file)
         source, old = replace_body(path.read_text(), name)
         path.write_text(source)
-        answers |= {line.split("#")[0].strip() for line in old if len(line.split("#")[0].strip()) > 20}
-    cut = lambda block: "(cut: it is the exercise)" if any(a in block[0] for a in answers) else block[0]
-    Path(folder, "README.md").write_text(re.sub(r"```python\n.*?```", cut, readme, flags=re.S))
+        bare = [line.split("#")[0].strip() for line in old]     # without comments
+        answers |= {line for line in bare if len(line) > 20}
+
+    def cut(block):
+        return "(cut: it is the exercise)" if any(a in block[0] for a in answers) else block[0]
+    readme = re.sub(r"```python\n.*?```", cut, (ROOT / "README.md").read_text(), flags=re.S)
+    Path(folder, "README.md").write_text(readme)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in OPEN or Path(sys.argv[2]).exists():
-        sys.exit("usage: python exercises/make.py NUMBER FOLDER, with a number of 1 to 11 and a new folder")
-    make(*sys.argv[1:])
-    print(f"Wrote {sys.argv[2]}. Read exercises/README.md there; `python exercises/check.py {sys.argv[1]}` checks.")
+        sys.exit("usage: python exercises/make.py NUMBER FOLDER, with a number of 1 to 11 and a "
+                 "new folder")
+    number, folder = sys.argv[1:]
+    make(number, folder)
+    print(f"Wrote {folder}. Read exercises/README.md there; `python exercises/check.py {number}` "
+          "checks.")

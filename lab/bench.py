@@ -82,8 +82,8 @@ def growth(run):
     token is one of 32 behind half a context, without the time to read that."""
     s, rows = run.size, []
     plain = {"width": s.width, "layers": s.layers, "context": 64, "batch": s.batch}
-    for change in ({}, {"width": 256}, {"width": 512}, {"layers": 8}, {"layers": 16}, {"batch": 256},
-                   {"context": 256, "batch": 16}, {"context": 1024, "batch": 4}):
+    for change in ({}, {"width": 256}, {"width": 512}, {"layers": 8}, {"layers": 16},
+                   {"batch": 256}, {"context": 256, "batch": 16}, {"context": 1024, "batch": 4}):
         c = plain | change
         model = GPT(Config(s.vocab, c["context"], c["layers"], s.heads, c["width"])).to(run.device)
         opts = optimizers(model, 1e-3, 1e-3, 0.0)
@@ -104,13 +104,14 @@ def growth(run):
 
 
 def job(run, args):
-    s, n, train, writes = run.size, 64, {}, {}
+    s, n = run.size, 64
     run.flags.height = 1.0
     theirs = their_model(run)
-    models = {"plain": (new_model(run), None),
-              "with flags": (new_model(run), lambda batch: flags.install(run.flags, batch, s.supply))}
+    install = lambda batch: flags.install(run.flags, batch, s.supply)
+    models = {"plain": (new_model(run), None), "with flags": (new_model(run), install)}
     if theirs:
         models["Pretrained"] = Pretrained(theirs, s.context), None
+    train, writes = {}, {}
     for name, (model, method) in models.items():
         train[name], tokens = training(run, model, method)
     for B in (1, 64):
@@ -121,34 +122,39 @@ def job(run, args):
                 ids, n, edit if name == "with flags" else None)
         if theirs:
             longest = max(map(len, ids))
-            idx = torch.tensor([[run.tok.end] * (longest - len(i)) + i for i in ids], device=run.device)
-            mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids], device=run.device)
+            idx = [[run.tok.end] * (longest - len(i)) + i for i in ids]
+            mask = [[0] * (longest - len(i)) + [1] * len(i) for i in ids]
+            idx, mask = (torch.tensor(rows, device=run.device) for rows in (idx, mask))
             writes[B, "transformers"] = lambda idx=idx, mask=mask: theirs.generate(
                 idx, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=True,
                 temperature=0.8, top_k=0)
     print("timing, about a minute ...", flush=True)
     trained, written = rounds(train, 9), rounds(writes, 15)
     peak = matmul_peak(s, tokens // 8, run.device)
-    result = {"device": str(run.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "train": {name: tokens / float(np.median(t)) for name, t in trained.items()},
-              "write": {B: {name: B * n / float(np.median(t)) for (b, name), t in written.items() if b == B}
-                        for B in (1, 64)},
-              "flags_cost": {"train": float(np.median(trained["with flags"] / trained["plain"])) - 1} | {
-                  B: float(np.median(written[B, "with flags"] / written[B, "plain"])) - 1 for B in (1, 64)},
-              "peak_gflops": float(peak)}
-    print(f"\n{result['device']}, {result['threads']} threads, torch {result['torch']}: tokens a second")
-    for title, rates in (("training", result["train"]), ("writing one text", result["write"][1]),
-                         ("writing 64", result["write"][64])):
+    cost = lambda flagged, plain: float(np.median(flagged / plain)) - 1
+    result = {
+        "device": str(run.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "train": {name: tokens / float(np.median(t)) for name, t in trained.items()},
+        "write": {B: {name: B * n / float(np.median(written[B, name]))
+                      for b, name in written if b == B} for B in (1, 64)},
+        "flags_cost": {"train": cost(trained["with flags"], trained["plain"])} | {
+            B: cost(written[B, "with flags"], written[B, "plain"]) for B in (1, 64)},
+        "peak_gflops": float(peak)}
+    print("\n{device}, {threads} threads, torch {torch}: tokens a second".format(**result))
+    titles = ("training", "writing one text", "writing 64")
+    for title, rates in zip(titles, (result["train"], *result["write"].values())):
         print(f"  {title:18s}" + "  ".join(f"{name} {rate:,.0f} ({rate / rates['plain']:.2f})"
                                            for name, rate in rates.items()))
-    print("  flags cost " + ", ".join(f"{cost:.1%} of {what}" for what, cost in zip(
-        ("training", "writing one text", "writing 64"), result["flags_cost"].values())))
+    print("  flags cost " + ", ".join(f"{share:.1%} of {title}" for title, share in zip(
+        titles, result["flags_cost"].values())))
     print(f"  bfloat16 matmuls of these shapes reach {peak:,.0f} GFLOP/s")
     result["growth"] = growth(run)
     print("\n  width  layers  context  batch   s a step  tokens/s  ms a written token")
     for row in result["growth"]:
-        print("  {width:5d}  {layers:6d}  {context:7d}  {batch:5d}  {seconds:9.3f}  {tokens_per_second:8,.0f}"
-              "  {ms_per_written_token:18.2f}".format(**row))
+        print("  {width:5d}  {layers:6d}  {context:7d}  {batch:5d}  {seconds:9.3f}"
+              "  {tokens_per_second:8,.0f}  {ms_per_written_token:18.2f}".format(**row))
     tools.save(run, "bench.json", result)
     return result
 

@@ -55,8 +55,8 @@ def with_control_tokens(run, rows):
 
 def by_control_token(run):
     def by(ids, values):
-        return [(row + [run.tok.n_vocab + i for i, on in enumerate(raised) if on])[-run.size.context:]
-                for row, raised in zip(ids, values.tolist())], None
+        new = [[run.tok.n_vocab + i for i, on in enumerate(raised) if on] for raised in values]
+        return [(row + tokens)[-run.size.context:] for row, tokens in zip(ids, new)], None
     return by
 
 
@@ -70,8 +70,8 @@ def means(run, model, batches=20):
     number = torch.zeros(K, 1, device=run.device)
     for step in range(batches):
         batch = D.batch(run.train, step, 100, run.seed).to(run.device)
-        x = F.streams(model, batch.idx)[run.flags.layer - 1]                    # (B, T, C)
-        on = (batch.targets >= 0).float()                                       # (B, T)
+        x = F.streams(model, batch.idx)[run.flags.layer - 1]            # (B, T, C)
+        on = (batch.targets >= 0).float()                               # (B, T)
         total += batch.y.T @ (x * on[..., None]).sum(1)
         number += (batch.y.T @ on.sum(1))[:, None]
     mean = total / number.clamp(min=1)
@@ -86,7 +86,9 @@ def by_adding(run, directions, strength):
         push = strength * (values.to(run.device) @ directions)[:, None]         # (B, 1, C)
 
         def edit(layer, x, pos):
-            return x + (push * (pos >= start)[..., None]).to(x.dtype) if layer == run.flags.layer else x
+            if layer != run.flags.layer:
+                return x
+            return x + (push * (pos >= start)[..., None]).to(x.dtype)
         return ids, edit
     return by
 
@@ -111,7 +113,9 @@ def route(run):
         passes[..., flags.slice] |= of
 
         def edit(layer, x, pos):
-            return torch.where(passes, x, x.detach()) if flags.layer <= layer < run.size.layers else x
+            if flags.layer <= layer < run.size.layers:
+                return torch.where(passes, x, x.detach())
+            return x
         return edit, lambda: torch.zeros(())
     return method
 
@@ -123,7 +127,8 @@ def job(run, args):
     base, flagged, control = models["base"], models["flags"], models["control"]
     method = lambda step, batch: F.install(run.flags, batch, F.supply(s, step))
     stage1 = lambda step, batch: F.install(run.flags, batch, 0.0)
-    told = change(run, train=with_control_tokens(run, run.train), size=dataclasses.replace(s, no_prompt=0.0))
+    told = change(run, train=with_control_tokens(run, run.train),
+                  size=dataclasses.replace(s, no_prompt=0.0))
     trained = {"routing": (run, route(run)), "shuffled": (run, shuffled(method, run.seed)),
                "stage1": (run, stage1), "token": (told, None)}
     if base.config.vocab_size < run.tok.n_vocab + K:
@@ -136,7 +141,8 @@ def job(run, args):
     others = change(run, flags=dataclasses.replace(run.flags, first=0))
     arms = {"flags": row(run, flagged, base),
             "no steering": row(run, control, base, lambda ids, values: (ids, None)),
-            "shuffled labels": row(run, new["shuffled"], base), "stage 1 only": row(run, new["stage1"], base),
+            "shuffled labels": row(run, new["shuffled"], base),
+            "stage 1 only": row(run, new["stage1"], base),
             f"{K} other channels": row(others, flagged, base)}
     if "token" in new:
         arms["control token"] = row(run, new["token"], base, by_control_token(run))
@@ -165,21 +171,26 @@ def job(run, args):
 def draw(run, arms, curves):
     """Conflict against fluency: a point for each arm with its name, a line over strengths."""
     from matplotlib.figure import Figure
+    place = lambda figures: [figures[key]["mean"] for key in ("nll_gap", "conflict")]
     fig = Figure((8, 5), layout="constrained")
-    ax, place = fig.subplots(), lambda figures: [figures[key]["mean"] for key in ("nll_gap", "conflict")]
+    ax = fig.subplots()
     for name, curve in curves.items():
         points = [(a, *place(figures)) for a, figures in curve.items() if figures["nll_gap"]]
-        ax.plot([x for _, x, _ in points], [y for *_, y in points], "-", color="0.6", lw=1, zorder=1)
+        ax.plot([x for _, x, _ in points], [y for *_, y in points], "-",
+                color="0.6", lw=1, zorder=1)
         for a, x, y in points:
-            ax.annotate(f"{a:g}", (x, y), fontsize=7, color="0.5", xytext=(2, 3), textcoords="offset points")
-    points = sorted((place(figures)[::-1], name) for name, figures in arms.items() if figures["nll_gap"])
+            ax.annotate(f"{a:g}", (x, y), fontsize=7, color="0.5",
+                        xytext=(2, 3), textcoords="offset points")
+    points = sorted((place(figures)[::-1], name) for name, figures in arms.items()
+                    if figures["nll_gap"])
     last = -np.inf
     for (y, x), name in points:
         last = max(y, last + 0.05)      # labels one above the other where the points are one
         ax.plot(x, y, "o", alpha=0.7)
         ax.annotate(name, (x, y), xytext=(x + 0.12, last), fontsize=9, va="center")
-    ax.set(xlabel="nll_gap: how much less likely than real text (nats per token)", ylim=(-0.05, 1.1),
-           ylabel="conflict: the text follows the flags", title="steering against the prompt")
+    ax.set(xlabel="nll_gap: how much less likely than real text (nats per token)",
+           ylabel="conflict: the text follows the flags", ylim=(-0.05, 1.1),
+           title="steering against the prompt")
     fig.savefig(run.out / "compare.png", dpi=120)
     print(f"Wrote {run.out / 'compare.png'}")
 

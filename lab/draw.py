@@ -14,10 +14,12 @@ def labels(names, most=14):
     from matplotlib import font_manager, ft2font
     short = [name if len(name) <= most else name[:most - 1] + "…" for name in names]
     if len(set(short)) < len(short):
-        short = [f"{name[:most - 4]}… {i}" if len(name) > most else name for i, name in enumerate(names)]
+        short = [f"{name[:most - 4]}… {i}" if len(name) > most else name
+                 for i, name in enumerate(names)]
     letters = {ord(letter) for name in short for letter in name}
     default = font_manager.findfont(font_manager.FontProperties())
-    others = {font.fname for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name}
+    others = {font.fname for font in font_manager.fontManager.ttflist
+              if "Last Resort" not in font.name}
     for path in [default, *sorted(others)]:
         if letters <= ft2font.FT2Font(path).get_charmap().keys():
             return short, font_manager.FontProperties(fname=path, size=9)
@@ -54,7 +56,8 @@ def job(run, args):
     fig = Figure((6.5, 5.5), layout="constrained")
     ax = fig.subplots()
     image = ax.imshow(matrix(run, model).numpy(), vmin=0, vmax=1, cmap="Blues")
-    ax.set(xlabel="concept of the words that are written", ylabel="flag that is set", title="one flag, neutral prompt")
+    ax.set(xlabel="concept of the words that are written", ylabel="flag that is set",
+           title="one flag, neutral prompt")
     ax.set_xticks(range(len(names)), names, rotation=90, **plain)
     ax.set_yticks(range(len(names)), names, **plain)
     fig.colorbar(image, label="share of concept words")
@@ -65,11 +68,11 @@ def job(run, args):
     kinds = [(run.asked[kind][0][0], title) for kind, title in kinds if run.asked[kind][0]]
     fig = Figure((12, 4.4 * len(kinds)), layout="constrained")
     for ax, (prompt, title) in zip(fig.subplots(len(kinds), 1, squeeze=False)[:, 0], kinds):
-        text = F.continue_texts(run, model, [prompt])[0]        # the model's own, with its flags free
+        text = F.continue_texts(run, model, [prompt])[0]    # the model's own, with its flags free
         own, tokens, begin = own_flags_of(run, model, prompt, text)
         own, tokens = own[:40], tokens[:40]
         ax.imshow(own.T.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
-        ax.axvline(begin - 0.5, color="C3", lw=1.5)             # the text's first token is right of it
+        ax.axvline(begin - 0.5, color="C3", lw=1.5)         # the text's first token is right of it
         ax.set_title(f"{title}; right of the red line the model writes", fontsize=11)
         ax.set_xticks(range(len(tokens)), tokens, rotation=90, **plain)
         ax.set_yticks(range(len(names)), names, **plain)

@@ -16,14 +16,15 @@ def to_gpt2(model, end):
     from transformers import GPT2Config, GPT2LMHeadModel
     c = model.config
     theirs = GPT2LMHeadModel(GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.context, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-        activation_function="relu2", bos_token_id=end, eos_token_id=end))
-    names = {"wte": "transformer.wte", "wpe": "transformer.wpe", "norm": "transformer.ln_f", "norm1": "ln_1",
-             "norm2": "ln_2", "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj", "mlp.up": "mlp.c_fc",
-             "mlp.down": "mlp.c_proj"}
+        vocab_size=c.vocab_size, n_positions=c.context, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, activation_function="relu2", bos_token_id=end, eos_token_id=end))
+    names = {"wte": "transformer.wte", "wpe": "transformer.wpe", "norm": "transformer.ln_f",
+             "norm1": "ln_1", "norm2": "ln_2", "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj",
+             "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
     with torch.no_grad():
         for name, p in theirs.named_parameters():
-            p.zero_() if name.endswith("bias") else None
+            if name.endswith("bias"):
+                p.zero_()
         for name, p in model.named_parameters():
             name = name.removesuffix(".weight")
             if name.startswith("blocks."):
@@ -37,12 +38,13 @@ def to_gpt2(model, end):
 
 
 def to_fast(merges):
-    """A tokenizer of train_bpe's as transformers'. It writes bytes as printable letters, GPT-2's."""
+    """A tokenizer of train_bpe's as transformers'. It writes bytes as GPT-2's printable letters."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {byte: chr(byte) for byte in plain}
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in plain)}
+    others = [byte for byte in range(256) if byte not in plain]
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
     tokens = [letters[byte] for byte in range(256)]
     for one, other in merges:
         tokens.append(tokens[one] + tokens[other])

@@ -9,6 +9,7 @@ are held. With --micro so many sequences go through the model at once; a real ch
 activation a block and computes the rest twice. All processes measure along, the first one prints.
 """
 import copy
+import functools
 import math
 import os
 import sys
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict)
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
 import data as D
 import flags as F
@@ -42,10 +44,15 @@ def parts(batch, micro):
         yield N * (part.targets >= 0).sum() / (batch.targets >= 0).sum(), part
 
 
+def save_memory(model):
+    """Of a real checkpoint keep one activation a block, and compute the rest twice."""
+    for block in model.blocks if hasattr(model, "model") else ():
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def shard(model):
     """Deal a model out to the processes; for one there is nothing to do."""
-    if hasattr(model, "save_memory"):
-        model.save_memory()
+    save_memory(model)
     if dist.is_initialized():
         for module in (*model.blocks, model):
             fully_shard(module)
@@ -96,7 +103,8 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
             weights, states = get_state_dict(model, opts, options=WHOLE)
             F.write(file, lambda path: torch.save({
                 "model": weights, "optimizers": states, "done": done, "settings": run.settings,
-                "config": vars(model.config), "flags": vars(run.flags), "merges": run.tok.merges}, path))
+                "config": vars(model.config), "flags": vars(run.flags),
+                "merges": run.tok.merges}, path))
             saved_at = time.time()
         F.progress(f"{name:8s}{done['step']:5d}/{steps}  lm {total[0]:.3f}  flags {total[1]:.3f}",
                    (steps - done["step"]) * done["seconds"] / done["step"], end=noted)
@@ -128,13 +136,15 @@ def job(run, args):
 
 if __name__ == "__main__":
     p = tools.parser(__doc__)
-    p.add_argument("--micro", type=int, default=0, help="sequences in one forward pass (default: all)")
+    p.add_argument("--micro", type=int, default=0,
+                   help="sequences in one forward pass (default: all)")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
         if dist.get_rank():
-            sys.stdout, F.write = open(os.devnull, "w"), lambda file, save: None
+            sys.stdout = open(os.devnull, "w")
+            F.write = lambda file, save: None
     tools.main(p, job)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,15 +1,16 @@
-"""Where does the concept stand, besides the flags? What erodes: the encoding, or its use?
+"""Where does the concept stand, besides the flags? What erodes: its encoding, or only its use?
 
-    python -m lab.probe --size small --seeds 3          # probes.json, probe.png
-    python -m lab.probe --size small --set supply=1 rely=2400
+    python -m lab.probe --size small --set supply=1             # probes.json, probe.png
+    python -m lab.probe --size small --set supply=1 rely=2400 --variants method "lambda2 0"
 
-Ridge probes, and small MLPs, read the prompt's concept from the other channels, with the flags
-clamped to their mean, at positions that do not name it. Besides control and method stand variants
-of stage 2: its flag loss weighs less (lambda2), is taken at the prompt's last token alone (hold),
-or the slice is written after block k alone (once).
+Probes read the prompt's concept from the other channels, with the flags clamped to their mean, at
+positions that do not name it. Besides the control stand the method and variants of its stage 2:
+the flag loss weighs less (lambda2), is taken at the prompt's last token alone (hold), or the slice
+is written after block k alone (once). At the end the flags are blanked for good, and the LM loss
+alone goes on: how soon do the texts follow the prompt again?
 """
 import copy
-import random
+import dataclasses
 import re
 
 import numpy as np
@@ -20,62 +21,34 @@ import data as D
 import flags
 from data import Stop
 from lab import tools
-
-VARIANTS = {"method": {}, "lambda2 6": {"weight2": 6.0}, "lambda2 1.5": {"weight2": 1.5},
-            "lambda2 0": {"weight2": 0.0}, "hold": {"hold": True}, "once": {"once": True}}
-
-
-def method(run, weight2=None, hold=False, once=False):
-    """flags.install with another stage 2: its flag loss weighs weight2, is taken at the first flag
-    position alone (hold), or the slice is written after block k alone (once)."""
-    f, s = run.flags, run.size
-
-    def new(step, batch):
-        edit, flag_loss = flags.install(f, batch, flags.supply(s, step))
-        if step < s.produce:
-            return edit, flag_loss
-        if hold:        # reads are the same, so the loss may be of another batch's targets
-            on = batch.targets >= 0
-            first = torch.where(on & (on.cumsum(1) == 1), batch.targets, -100)
-            read, flag_loss = flags.install(f, batch._replace(targets=first), 0.0)
-            return lambda layer, x, pos: edit(layer, read(layer, x, pos), pos), flag_loss
-        if once:
-            read, flag_loss = flags.install(f, batch, 0.0)
-            return lambda layer, x, pos: (edit if layer == f.layer else lambda *a: a[1])(
-                layer, read(layer, x, pos), pos), flag_loss
-        share = 1.0 if weight2 is None else weight2 / s.weight
-        return edit, lambda: share * flag_loss()
-    return new
-
+from lab.variants import VARIANTS, held, method
 
 def examples(run, part, n):
-    """(ids, concept, cue word, {where: position}) of texts about one concept that begin with a
-    filler: where a prompt that tells it ends, and where the text has not named it yet."""
+    """(ids, concept, cue word, {where: position}) of texts about one concept whose prompt tells it
+    and whose first sentence is a filler; the ids end with the next sentence's first token."""
     found = []
     for e in part:
-        first = re.match(r".*?[.!?]", e.text)[0]
-        cue = [w for w in re.findall("[a-z]+", e.prompt.lower()) if w in run.data.words]
-        if len(e.concepts) > 1 or not e.cued or D.content(first, run.data.words):
+        first, words = re.match(r".*?[.!?]", e.text)[0], run.data.words
+        cue = [w for w in re.findall("[a-z]+", e.prompt.lower()) if w in words]
+        if len(e.concepts) > 1 or not e.cued or D.content(first, words):
             continue
         prompt, filler = run.tok.prompt(e.prompt), run.tok.encode(" " + first)
-        text = run.tok.encode(" " + e.text)
-        named = next(t for t in range(len(text)) if D.content(run.tok.decode(text[:t + 1]) + ".", run.data.words))
-        if len(filler) < 3 or named < len(filler) + 2:
-            continue
-        end = len(prompt) - 1
-        found.append((prompt + text[:named], run.data.concepts.index(e.concepts[0]), cue[-1], {
-            "prompt's end": end, "in the filler": end + len(filler) // 2, "filler's end": end + len(filler),
-            "next sentence": len(prompt) + named - 1}))
+        ids, end = prompt + run.tok.encode(" " + e.text)[:len(filler) + 1], len(prompt) - 1
+        if len(filler) > 3 and not D.content(run.tok.decode(ids[end + 1:]), words):
+            found.append((ids, run.data.concepts.index(e.concepts[0]), cue[-1], {
+                "prompt's end": end, "filler's begin": end + 1,
+                "in the filler": end + len(filler) // 2, "filler's end": end + len(filler),
+                "next sentence": end + len(filler) + 1}))
     return found[:n]
 
 
 def activations(run, model, part, values):
-    """The other channels (N, L, C - K) at each kind of position; values (N, K) or None: free."""
+    """The other channels (N, L, C - K) at each kind of position, with the flags set to values."""
     at = {}
     for i, (ids, _, _, where) in enumerate(part):
-        edit = None if values is None else flags.steer(
-            run.flags, torch.tensor([where["prompt's end"]]), values[i:i + 1])
-        x = torch.cat(flags.streams(model, torch.tensor([ids], device=run.device), edit)).cpu()   # (L, T, C)
+        edit = flags.steer(run.flags, torch.tensor([where["prompt's end"]]), values[i:i + 1])
+        x = flags.streams(model, torch.tensor([ids], device=run.device), edit)
+        x = torch.cat(x).cpu()                                                  # (L, T, C)
         for name, t in where.items():
             at.setdefault(name, []).append(x[:, t, :run.flags.first])
     return {name: torch.stack(rows) for name, rows in at.items()}
@@ -96,13 +69,45 @@ def mlp(x, y, x_test):
     torch.manual_seed(0)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-4)
     x, x_test = (x - mean) / std, (x_test - mean) / std
-    net = torch.nn.Sequential(torch.nn.Linear(x.size(1), 64), torch.nn.ReLU(), torch.nn.Linear(64, y.size(1)))
+    net = torch.nn.Sequential(torch.nn.Linear(x.size(1), 64), torch.nn.ReLU(),
+                              torch.nn.Linear(64, y.size(1)))
     opt = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.1)
     for _ in range(300):
         F.cross_entropy(net(x), y.float()).backward()
         opt.step()
         opt.zero_grad()
     return net(x_test).detach()
+
+
+def hits(probe, x, y, x_test, y_test, K):
+    """How often the probe names the right one of K."""
+    return flags.stat((probe(x, F.one_hot(y, K), x_test).argmax(1) == y_test).tolist())
+
+
+def read(run, model, n, m=500):
+    """What probes read: of n training and m held-out examples. Views: flags clamped to their mean,
+    or set to another concept. dealt: random labels of the cue words, for selectivity."""
+    K, found = len(run.data.concepts), {}
+    parts = examples(run, run.data.train, n), examples(run, run.data.test, m)
+    y, y_test = (torch.tensor([concept for _, concept, *_ in part]) for part in parts)
+    words = sorted({word for part in parts for _, _, word, _ in part})
+    deal = dict(zip(words, np.random.default_rng(run.seed).integers(K, size=len(words)).tolist()))
+    dealt, dealt_test = (torch.tensor([deal[word] for _, _, word, _ in part]) for part in parts)
+    mean = torch.tensor([row.label for row in run.train]).mean(0)
+    views = {"clamped": [mean.expand(len(part), -1) for part in parts], "set to another": [
+        flags.hot(K, [[(c + 1 + i % (K - 1)) % K] for i, (_, c, *_) in enumerate(part)])
+        for part in parts]}
+    for view, values in views.items():
+        x, x_test = (activations(run, model, *both) for both in zip(parts, values))
+        for where in x:
+            for layer in range(run.size.layers):
+                a, b = x[where][:, layer], x_test[where][:, layer]
+                figures = found.setdefault(f"{where}, block {layer + 1}", {})
+                figures[view] = hits(ridge, a, y, b, y_test, K)
+                if view == "clamped":
+                    figures["dealt"] = hits(ridge, a, dealt, b, dealt_test, K)
+            figures["mlp, " + view] = hits(mlp, a, y, b, y_test, K)         # after the last block
+    return found
 
 
 def remove(run, directions, start):
@@ -118,92 +123,66 @@ def remove(run, directions, start):
     return edit
 
 
-def held(run, model):
-    """By: the model's own flags, read at the prompt's last token, are rounded and held."""
-    def by(ids, values):
-        own = (flags.own_flags(model, run.flags, ids) > 0.5).float()
-        return ids, flags.steer(run.flags, flags.last(ids), own)
-    return by
-
-
-def held_loss(run, model):
-    """LM loss on held-out rows with flags raised once and held."""
-    total = count = 0
-    for i in range(0, len(run.test), 64):
-        rows = sorted(run.test, key=lambda row: len(row.prompt))[i:i + 64]
-        edit, batch = held(run, model)([row.prompt for row in rows], None)[1], D.pad(rows)
-        n = (batch.targets >= 0).sum().item()
-        with torch.no_grad():
-            total, count = total + n * flags.lm_loss(model, batch.to(run.device), edit).item(), count + n
-    return total / count
-
-
-def study(run, model, control_loss):
+def study(run, model):
     """All figures of one model."""
-    K, usual = len(run.data.concepts), torch.tensor([row.label for row in run.train]).mean(0)
-    sets = examples(run, run.data.train, 2000), examples(run, run.data.test, 500)
-    y, y_test = (torch.tensor([concept for _, concept, *_ in part]) for part in sets)
-    words = sorted({word for part in sets for _, _, word, _ in part})
-    deal = dict(zip(words, np.random.default_rng(run.seed).integers(K, size=len(words)).tolist()))
-    dealt, dealt_test = (torch.tensor([deal[word] for _, _, word, _ in part]) for part in sets)
-    clamped = [activations(run, model, part, usual.expand(len(part), -1)) for part in sets]
-    other = [activations(run, model, part, flags.hot(K, [[(c + 1 + i % (K - 1)) % K] for i, (_, c, *_) in
-                                                         enumerate(part)])) for part in sets]
-    hits = lambda probe, views, where, layer, y, y_test: flags.stat((probe(
-        views[0][where][:, layer], F.one_hot(y, K), views[1][where][:, layer]).argmax(1) == y_test).tolist())
-    figures = {}
-    for where in clamped[0]:
-        for layer in range(run.size.layers):
-            told = hits(ridge, clamped, where, layer, y, y_test)
-            random_ = hits(ridge, clamped, where, layer, dealt, dealt_test)
-            figures[f"{where}, block {layer + 1}"] = {
-                "linear": told, "selectivity": told["mean"] - random_["mean"],
-                "set to another": hits(ridge, other, where, layer, y, y_test)}
-        figures[f"{where}, block {run.size.layers}"]["mlp"] = hits(
-            mlp, clamped, where, run.size.layers - 1, y, y_test)
-    rates = {name: flags.ask(run, model, name)[1] for name in ("intact", "blank", "conflict", "neutral")}
-    x = clamped[0]["prompt's end"][:, run.flags.layer - 1]
+    K, rates = len(run.data.concepts), {}
+    for name in ("intact", "blank", "conflict", "neutral"):
+        rates[name] = flags.ask(run, model, name)[1]
+    part = examples(run, run.data.train, 500)
+    x = activations(run, model, part, torch.zeros(len(part), K))["prompt's end"]
+    x, y = x[:, run.flags.layer - 1], torch.tensor([concept for _, concept, *_ in part])
     means = torch.stack([x[y == k].mean(0) for k in range(K)])
     for name, directions in (("concept removed", (means - means.mean(0))[1:].T),
                              ("as many removed at random", torch.randn(x.size(1), K - 1))):
-        by = lambda ids, values: (ids, remove(run, directions.to(run.device), flags.last(ids)))
-        prompts, _, score = run.asked["intact"]
-        texts = flags.continue_texts(run, model, prompts, torch.zeros(len(prompts), K), by)
+        prompts, values, score = run.asked["blank"]
+        texts = flags.continue_texts(run, model, prompts, values, lambda ids, values: (
+            ids, remove(run, directions.to(run.device), flags.last(ids))))
         rates[name] = flags.stat(score(text, i) for i, text in enumerate(run.judge(texts)))
-    prompts, _, score = run.asked["intact"]
-    texts = flags.continue_texts(run, model, prompts, torch.zeros(len(prompts), K), held(run, model))
+    prompts, values, score = run.asked["blank"]     # values: only for `by` to be called
+    texts = flags.continue_texts(run, model, prompts, values, held(run, model))
     rates["intact, held"] = flags.stat(score(text, i) for i, text in enumerate(run.judge(texts)))
     rates["exact"] = flags.reading(run, model)["exact"]
-    loss = flags.held_out(run, model, run.test)[0]
-    return {"over control": loss - control_loss, "over control, held": held_loss(run, model) - control_loss,
-            "rates": rates, "probes": figures}
+    return {"loss": flags.held_out(run, model, run.test)[0], "rates": rates,
+            "probes": read(run, model, 2000)}
 
 
 def job(run, args):
     if not run.data.words:
         raise Stop("probes need to know each word's concept: they go with --data stories")
-    models, _ = flags.train_all(run)
-    steps = run.size.produce + run.size.rely
-    names = [name for name in args.variants if VARIANTS[name]]
-    new = {name: copy.deepcopy(models["base"]) for name in names}
-    flags.train_together([(run, f"variant-{name.replace(' ', '-')}", new[name], steps,
-                           method(run, **VARIANTS[name])) for name in names])
-    theirs = flags.held_out(run, models["control"], run.test)[0]
-    table = {}
-    for name, model in [("control", models["control"]), ("method", models["flags"]), *new.items()]:
-        table[name] = study(run, model, theirs)
-        last = [(where.split(",")[0], f) for where, f in table[name]["probes"].items()
-                if where.endswith(f"block {run.size.layers}")]
-        print(f"{name:12s}" + "  ".join(f"{key} {rate['mean']:.3f}" for key, rate in table[name]["rates"].items())
-              + f"  LM loss {table[name]['over control']:+.4f}, held {table[name]['over control, held']:+.4f}\n" + " " * 12 + "after the last block, linear / mlp: "
-              + ", ".join(f"{where} {f['linear']['mean']:.2f} / {f['mlp']['mean']:.2f}" for where, f in last), flush=True)
+    s, look = run.size, flags.look
+    where = f"in the filler, block {s.layers}"
+
+    def look_and_read(run, name, model, step):      # every point of the log: what is readable
+        more = {} if name == "base" else {"readable": read(run, model, 600)[where]["clamped"]}
+        return look(run, name, model, step) | more
+    flags.look = look_and_read
+    flags.train(run, "base", run.base, s.base)
+    run.flags.height = s.height * flags.loudness(run, run.base)
+    names = ["control", *args.variants]
+    models = {name: copy.deepcopy(run.base) for name in names}
+    done = flags.train_together([
+        (run, f"probe-{name.replace(' ', '-')}", models[name], s.produce + s.rely,
+         *([method(run, **VARIANTS[name])] if name in VARIANTS else [])) for name in names])
+    table = {name: study(run, models[name]) | {"log": did["log"]} for name, did in zip(names, done)}
+    for name, figures in table.items():
+        rates = figures["rates"] | {f"read {key}": figures["probes"][f"{key}, block {s.layers}"][
+            "clamped"] for key in ("prompt's end", "in the filler", "next sentence")}
+        print(f"{name}: LM loss {figures['loss'] - table['control']['loss']:+.4f}; "
+              + ", ".join(f"{key} {rate['mean']:.2f}" for key, rate in rates.items()), flush=True)
+
+    flags.look = look
+    blank = lambda step, batch: (flags.install(run.flags, batch._replace(y=0 * batch.y), 2.0)[0],
+                                 lambda: torch.zeros(()))
+    again = tools.change(run, size=dataclasses.replace(s, every=25))
+    table["relearning"] = flags.train(again, "relearn", models[names[-1]], 100, blank)["log"]
     tools.save(run, "probes.json", table)
-    L = run.size.layers
-    tools.curves(run.out / "probe.png", *[([(name, range(1, L + 1), [
-        table[name]["probes"][f"{where}, block {layer}"]["linear"] for layer in range(1, L + 1)], "o-")
-        for name in table], dict(title=where, xlabel="block", ylabel="concept read from the other channels",
-                                 ylim=(0, 1.03), xticks=range(1, L + 1))) for where in ("in the filler", "next sentence")])
-    return table
+    tools.curves(run.out / "probe.png", ([(
+        f"{name}: {said}", [p["step"] for p in table[name]["log"]],
+        [p[key] for p in table[name]["log"]], f"C{i}{style}")
+        for i, name in enumerate(names) for key, said, style in (
+            ("readable", "readable", "-"), ("blank", "used", ":"))],
+        dict(xlabel="step of finetuning", ylim=(-0.03, 1.03), ylabel="share of texts")))
+    return {name: table[name] for name in names}
 
 
 if __name__ == "__main__":

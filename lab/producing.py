@@ -11,10 +11,10 @@ from lab.tools import change
 
 
 def experiment(run):
-    """Curves of three trainings from one base, each of all steps of both stages: {"control": points,
-    "p = 0": points, "p = 1": points}. The control knows LM loss alone; in the other two stage 2
-    supplies the flags of no sequence, or of every sequence. points are what flags.train logs
-    ({"step", "stage", "intact", "blank", "conflict", ...}), those of stage 1 included."""
+    """Curves of three trainings from one base, each of all steps of both stages: {"control":
+    points, "p = 0": points, "p = 1": points}. The control knows LM loss alone; in the other two
+    stage 2 supplies the flags of no sequence, or of every sequence. points are what flags.train
+    logs ({"step", "stage", "intact", "blank", "conflict", ...}), those of stage 1 included."""
     s, steps = run.size, run.size.produce + run.size.rely
     F.train(run, "base", run.base, s.base)
     run.flags.height = s.height * F.loudness(run, run.base)

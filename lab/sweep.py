@@ -25,11 +25,12 @@ def variant(run, name, value):
         value, K = int(value), run.flags.count
         which = [i % K for i in range(value)]
         flags = dataclasses.replace(run.flags, first=run.size.width - value, count=value)
-        rows = {part: [row._replace(label=tuple(row.label[i] for i in which)) for row in vars(run)[part]]
-                for part in ("train", "test")}
+        rows = {part: [row._replace(label=tuple(row.label[i] for i in which))
+                       for row in vars(run)[part]] for part in ("train", "test")}
         asked = {key: (prompts, values if values is None else values[:, which], score)
                  for key, (prompts, values, score) in run.asked.items()}
-        return change(run, flags=flags, asked=asked, settings=run.settings | {"fenced": value}, **rows)
+        settings = run.settings | {"fenced": value}
+        return change(run, flags=flags, asked=asked, settings=settings, **rows)
     kinds = {key: kind for key, kind in F.Size.__annotations__.items() if key not in FIXED}
     if name not in kinds:
         raise Stop(f"there is no sweep of {name}; choose fenced, {', '.join(kinds)}")
@@ -42,13 +43,14 @@ def variant(run, name, value):
 def job(run, args):
     models, _ = F.train_all(run)
     theirs = F.held_out(run, models["control"], run.test)[0]
-    runs, rows = [variant(run, args.name, value) for value in args.values], []
+    runs = [variant(run, args.name, value) for value in args.values]
     jobs = [(r, f"{args.name}-{value}", copy.deepcopy(models["base"]), r.size.produce + r.size.rely,
              lambda step, batch, r=r: F.install(r.flags, batch, F.supply(r.size, step)))
             for r, value in zip(runs, args.values)]
+    rows, kinds = [], ("conflict", "neutral", "intact", "blank")
     for value, (r, _, model, *_), did in zip(args.values, jobs, F.train_together(jobs)):
         loss = F.held_out(r, model, r.test)[0]
-        rates = {key: F.ask(r, model, key)[1] for key in ("conflict", "neutral", "intact", "blank")}
+        rates = {key: F.ask(r, model, key)[1] for key in kinds}
         if args.name != "fenced":
             rates |= {"exact": F.reading(r, model)["exact"]}
         rows.append({"value": value, "loss": loss, "over control": loss - theirs} | rates)
@@ -61,7 +63,7 @@ def job(run, args):
         run.out / f"sweep-{args.name}.png",
         ([("", x, [row["over control"] for row in rows], "o-")],
          dict(xlabel=args.name, ylabel="LM loss over the control's (nats per token)")),
-        ([(key, x, [row[key] for row in rows], "o-") for key in ("conflict", "neutral", "intact", "blank")],
+        ([(key, x, [row[key] for row in rows], "o-") for key in kinds],
          dict(xlabel=args.name, ylabel="share of texts", ylim=(-0.03, 1.03))))
     return {f"{args.name} {row['value']}": {key: x for key, x in row.items() if key not in (
         "value", "trajectory")} for row in rows}

