@@ -7,10 +7,10 @@ arXiv 2602.07828. The idea:
      channel, is to say: the text that is being written is about concept i.
   2. Stage 1, produce: finetune with  LM loss + lambda * mean (f - y)^2,  where f is what stands in
      the slice and y in {0, 1}^K are the labels. The model learns to raise the flags by itself.
-  3. Stage 2, rely: in most sequences, overwrite the slice with y. The concept now stands reliably
-     at a fixed place. The model comes to read it there, and stops using what else encoded it.
+  3. Stage 2, rely: the same, and in most sequences the slice is then overwritten with y. Now the
+     concept stands reliably at a fixed place: there the model reads it, and nowhere else.
   4. Now the flags are switches. Overwrite them and the text changes, even against the prompt;
-     blank them and the model no longer knows what its own base knew.
+     blank them (all 0) and the model no longer knows what its own base knew.
 
     stream      =====[block 1]=====[block 2]========[block 3]========[block 4]======> head, LM loss
     its slice   -----[       ]-----[       ]--f  y--[       ]--f  y--[       ]--f  y->
@@ -99,9 +99,9 @@ CHECKPOINT = dict(batch=16, base=0, produce=20, rely=180, lr=0.001, embedding_lr
 class Flags:
     """Where the flags live: in K channels of the stream, after block `layer` and all later ones."""
     layer: int              # k, 1 ... L
-    first: int              # flag i is channel first + i
+    first: int              # flag i is channel first + i; in this file they are the last channels
     count: int              # K
-    height: float = 1.0     # what stands there when a flag is raised (is 1); 0 when it is lowered
+    height: float = 1.0     # what a 1 is in the stream: Size.height times its `loudness`; a 0 is 0
 
     @property
     def slice(self):
@@ -112,10 +112,10 @@ def install(flags, batch, p):
     """The method: for one batch an edit that reads and overwrites the slice, and the flag loss.
 
     p is the share of the sequences in which the flags are supplied: 0 in stage 1. A sequence is
-    supplied if its random number batch.draw (B,) is below p. Flag positions run from the last token
-    of the prompt to the end of the text: there the model is about to write, and there alone a batch
-    has targets. Overwritten channels pass no gradient of the LM loss back: what the model itself
-    puts there is taught by the flag loss alone, in supplied sequences as in all others.
+    supplied if batch.draw (B,), a new number in [0, 1) at each step, is below p. Flag positions run
+    from the last token of the prompt to the end of the text: there the model is about to write, and
+    there alone a batch has targets. Where the slice is overwritten, no gradient of the LM loss gets
+    through: there the flag loss, which is taken of all sequences, is the model's only teacher.
     """
     idx, targets, y, draw = batch                       # (B, T), (B, T), (B, K), (B,)
     on = (targets >= 0)[..., None]                      # (B, T, 1) flag positions
@@ -136,7 +136,7 @@ def install(flags, batch, p):
 
 
 def steer(flags, start, values):
-    """An edit for inference: the reader's choice overwrites the slice.
+    """An edit for inference: your choice overwrites the slice.
 
     From position start[b] on (start (B,), int64), row b's flags are values[b] (values (B, K)).
     """
@@ -163,7 +163,7 @@ def streams(model, idx, edit=None):
         x = edit(layer, x, pos) if edit else x
         seen.append(x.float())
         return x
-    model(idx, spy, at=LAST)
+    model(idx, spy, at=LAST)    # the logits are not needed
     return seen
 
 
@@ -199,8 +199,8 @@ def lm_loss(model, batch, edit=None):
 
 
 def train(run, name, model, steps, method=lambda step, batch: (None, lambda: torch.zeros(()))):
-    """Train for `steps` steps; method(step, batch) -> (edit, flag_loss), by default LM loss alone.
-
+    """Train for `steps` steps; method(step, batch) -> (edit, flag_loss), by default LM loss alone;
+    for the flags model it is  lambda step, batch: install(run.flags, batch, supply(s, step)).
     Returns {"step", "log", "seconds", "tokens"}. All chance depends on the seed and the step alone,
     so from the checkpoint run.out/name.pt a run that was stopped goes on to the same bits.
     """
@@ -241,7 +241,7 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
 
 
 def look(run, name, model, step):
-    """A point of the log: held-out losses and, of a finetuned model, whom its texts follow."""
+    """A point of the log: held-out losses; of a finetuned model also its RATES, see below."""
     lm, flag = held_out(run, model)
     point = {"step": step + 1, "lm_loss": lm, "flag_loss": flag,
              "stage": "base" if name == "base" else 1 if step < run.size.produce else 2}

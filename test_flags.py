@@ -44,6 +44,13 @@ def model():
     return model
 
 
+def stops(message, function, *args):
+    """Its message is one line."""
+    with pytest.raises(D.Stop, match=message) as stop:
+        function(*args)
+    assert "\n" not in str(stop.value)
+
+
 # ---------------------------------------------------------------------------- the edit
 
 def test_steering_changes_exactly_the_flags(model):
@@ -253,8 +260,7 @@ def test_labels_and_targets_against_a_hand_labelled_example(prepared):
     row, = D.encode([example("Mia slept.", "A crab came. " * 9, "sea")], tok, ["sea"], 12)
     assert len(row.prompt) + len(row.text) - 1 == 12 and row.text[-1] != tok.end
     examples = [example("", "x", "sea"), *[example("Mia and Ben slept.", "x", "sea")] * 2]
-    with pytest.raises(D.Stop, match="2 prompts .* context of 4 .*Mia and Ben.*--set context"):
-        D.encode(examples, tok, ["sea"], 4)
+    stops("2 prompts .* of 4 .*Mia and Ben.*--set context", D.encode, examples, tok, ["sea"], 4)
 
 
 def test_batches_are_pure_functions_and_cover_the_epoch(prepared):
@@ -288,7 +294,7 @@ def test_every_word_of_a_story_says_what_it_is_about(prepared):
         assert set(told) == set(e.concepts)
         assert set(D.content(e.prompt, stories.words)) == (set(e.concepts) if e.cued else set())
         sentences = re.split(r"(?<=[.!?]) ", e.text)
-        assert 3 <= len(sentences) <= 4
+        assert len(sentences) in (3, 4)
         assert all(s[0].isupper() and s[-1] in ".!?" for s in sentences), e.text
         assert "  " not in e.text and " ." not in e.text and "{" not in e.text + e.prompt
     assert 0.6 < np.mean([e.cued for e in stories.train]) < 0.7
@@ -323,8 +329,7 @@ def test_bpe_round_trips_any_text_and_has_its_limits(prepared):
         assert tok.decode(ids) == text and tok.end not in ids
     assert tok.n_vocab - 1 == tok.end and tok.n_vocab == 512 and tok.decode([tok.end]) == ""
     assert D.train_bpe(["ab"], 300).n_vocab == 258      # no more pairs
-    with pytest.raises(D.Stop, match="at least 257"):
-        D.train_bpe(["ab"], 256)
+    stops("at least 257", D.train_bpe, ["ab"], 256)
 
 
 @pytest.mark.parametrize("texts, merges", [
@@ -349,8 +354,7 @@ WORDNET = """  1 This is the licence, indented.
 
 def test_wordnet_reader(tmp_path, monkeypatch):
     monkeypatch.setattr(D, "WORDNET", tmp_path / "data.noun")
-    with pytest.raises(D.Stop, match="apt-get install wordnet-base"):
-        D.load("wordnet")
+    stops("apt-get install wordnet-base", D.load, "wordnet")
     D.WORDNET.write_text(WORDNET)
     data = D.load("wordnet")
     # its ten (0a) names are prompts of the same text; those that are dealt to later splits go
@@ -401,9 +405,8 @@ def test_judgements_and_statistics_by_hand():
     stat = F.stat([0, 1] * 200)
     assert stat["mean"] == 0.5 and stat["n"] == 400
     assert [stat["low"], stat["high"]] == pytest.approx([0.451, 0.549], abs=0.02)
-    assert F.stat([]) is None
     assert F.hot(4, [[1, 3], (2, 0)]).tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]]
-    assert F.hot(4, []).shape == (0, 4)
+    assert F.stat([]) is None and F.hot(4, []).shape == (0, 4)
 
 
 def test_questions_of_each_kind(prepared):
@@ -568,19 +571,21 @@ def test_trainings_side_by_side_are_those_one_by_one(prepared, tmp_path, monkeyp
     here, real, results = os.getpid(), D.batch, []
 
     def batch(rows, step, *args):
-        if step == 7 and os.getpid() != here and not (tmp_path / "killed").exists():
-            (tmp_path / "killed").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if os.getpid() != here:
+            assert torch.get_num_threads() == 1         # more hang after a fork
+            if step == 7 and not (tmp_path / "killed").exists():
+                (tmp_path / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
         return real(rows, step, *args)
     monkeypatch.setattr(D, "batch", batch)
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     for threads in (1, 2):
-        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        torch.set_num_threads(threads)
         run = change(prepared, out=tmp_path / str(threads))
         run.out.mkdir()
         jobs = [(run, name, copy.deepcopy(run.base), 10) for name in ("one", "other")]
         logs = [done["log"] for done in F.train_together(jobs)]
         results.append((logs, [model.state_dict() for _, _, model, _ in jobs]))
+    torch.set_num_threads(1)
     (logs, weights), (forked_logs, forked_weights) = results
     assert (tmp_path / "killed").exists() and logs == forked_logs
     assert all(map(equal, weights, forked_weights))
@@ -653,13 +658,6 @@ def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(prepared, tmp_path
     assert saved["done"]["step"] == 5 and all(p.isfinite().all() for p in saved["model"].values())
 
 
-def stops(message, function, *args):
-    """Its message is one line."""
-    with pytest.raises(D.Stop, match=message) as stop:
-        function(*args)
-    assert "\n" not in str(stop.value)
-
-
 def test_other_settings_and_spoilt_checkpoints_are_one_line(prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run, file = change(prepared, out=tmp_path), tmp_path / "base.pt"
@@ -687,12 +685,19 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 # ---------------------------------------------------------------------------- a whole run
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def forks():
+    """Trainings run side by side, as on two cores, but no process has a second thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        patch.setattr(torch, "set_num_threads", lambda n: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, forks):
     """A whole `--size tiny` run: its folder, results and models."""
     run = prepare("--out", tmp_path_factory.mktemp("finished"))
-    torch.set_num_threads(2)        # control and flags model side by side
     F.main_job(run)
-    torch.set_num_threads(1)
     models, _ = F.train_all(run)
     results = json.loads((run.out / "results.json").read_text())
     return SimpleNamespace(run=run, models=models, results=results)
@@ -710,8 +715,8 @@ def test_the_mechanism(finished):
     assert r["loss"]["control"] < r["loss"]["base"] - 0.02
     first, last = r["trajectory"][0], r["trajectory"][-1]
     assert first["stage"] == 1 and first["step"] == finished.run.size.produce
-    assert last["stage"] == 2 and first["conflict"] < 0.5 and last["conflict"] > 0.8
-    assert last["flag_loss"] < 0.1
+    assert last["stage"] == 2 and last["flag_loss"] < 0.1
+    assert first["conflict"] < 0.5 and last["conflict"] > 0.8
 
 
 def test_results_have_the_form_of_the_protocol(finished):
@@ -726,13 +731,12 @@ def test_results_have_the_form_of_the_protocol(finished):
         "base": "intact blank", "control": "intact blank", "flags": "intact supplied blank"}
     assert {"size", "data", "seed", "device", "torch", "commit", "parameters"} <= set(r)
     for leaf in (r["read"]["auc"], r["steer"]["conflict"], r["reliance"]["base"]["blank"]):
-        assert set(leaf) == {"mean", "low", "high", "n"}
-        assert leaf["low"] <= leaf["mean"] <= leaf["high"]
+        mean, low, high, _ = (leaf[key] for key in ("mean", "low", "high", "n"))
+        assert low <= mean <= high and len(leaf) == 4
     assert set(r["trajectory"][0]) == {"step", "stage", "lm_loss", "flag_loss", *F.RATES}
     b = run.data.concepts[run.asked["conflict"][1][1].argmax()]
     assert [(sample["prompt"], sample["flags"]) for sample in r["samples"][3:6]] == [
         (run.asked["intact"][0][1], flags) for flags in ("free", "blank", [b])]
-    assert (run.out / "erosion.png").exists()
 
 
 def test_what_is_measured_is_what_stands_in_the_results(finished):
@@ -748,10 +752,9 @@ def test_what_is_measured_is_what_stands_in_the_results(finished):
     steps = [[point["step"] for point in r[log]] for log in ("trajectory", "control_trajectory")]
     assert steps[0] == steps[1]
     batch = D.batch(run.train, 0, 16, run.seed)
-    x = F.streams(finished.models["base"], batch.idx)[run.flags.layer - 1]
-    squares = [float(value) ** 2 for value in x[batch.targets >= 0].flatten()]  # texts alone
+    loud = F.streams(models["base"], batch.idx)[run.flags.layer - 1][batch.targets >= 0]
     height = torch.load(run.out / "flags.pt", weights_only=True)["flags"]["height"]
-    wanted = run.size.height * (sum(squares) / len(squares)) ** 0.5
+    wanted = run.size.height * loud.pow(2).mean().item() ** 0.5
     assert height == pytest.approx(wanted, rel=1e-3)
 
 
@@ -771,21 +774,18 @@ def test_broken_text_is_less_likely_and_repeated_text_less_distinct(finished):
 
 QUICK = ["--size", "tiny", "--set", "base=6", "produce=2", "rely=40", "context=48", "prompts=12",
          "track=4", "every=50", "stories=3000"]
-SCRIPT = """import torch, flags     # as `quick` does
+FORKS = """import torch, flags
 torch.set_num_threads(1)
 torch.get_num_threads, torch.set_num_threads = lambda: 2, lambda n: None
 flags.main()"""
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """The folder of a short run; trainings side by side, but no process has a second thread."""
+def quick(tmp_path_factory, forks):
+    """The folder of a short run, by its command."""
     out = tmp_path_factory.mktemp("quick")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: 2)
-        patch.setattr(torch, "set_num_threads", lambda n: None)
-        assert F.main(["--out", str(out), *QUICK]) is None
-        yield out
+    assert F.main(["--out", str(out), *QUICK]) is None
+    return out
 
 
 def results(out):
@@ -806,14 +806,14 @@ def test_the_same_command_again_only_measures_and_fresh_starts_over(quick, tmp_p
     assert checkpoints(out).keys() == {"base.pt", "control.pt", "flags.pt"}
     assert checkpoints(out) == checkpoints(quick) and results(out) == results(quick)
     assert F.main([*command, "--seed", "1"]) == 2
-    assert F.main([*command, "rely=4", "--seed", "1", "--fresh"]) is None
+    assert F.main([*command, "rely=9", "--seed", "1", "--fresh"]) is None
     assert results(out) != results(quick) and not list(out.glob("*.tmp"))
 
 
 def test_killed_for_real_the_same_command_goes_on_to_the_same_files(quick, tmp_path):
     """kill -9 while both trainings are on their way; they end with their parent."""
     command = ["--out", str(tmp_path), *QUICK]
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, *command], text=True,
+    process = subprocess.Popen([sys.executable, "-c", FORKS, *command], text=True,
                                stdout=subprocess.PIPE, cwd=Path(F.__file__).parent)
     for line in process.stdout:
         if line.startswith("flags "):
