@@ -333,15 +333,14 @@ def continue_texts(run, model, prompts, values=None, by=None):
     set to; None: they are free. by(ids, values) -> (ids, edit): another way than `steer`."""
     texts, chance, started = [], torch.Generator().manual_seed(run.seed), time.time()
     for i in range(0, len(prompts), 256):
+        left = i and (time.time() - started) * (len(prompts) / i - 1)
+        progress(f"writing texts: {i} of {len(prompts)}", left)
         ids, edit = [run.tok.prompt(text)[:run.size.context] for text in prompts[i:i + 256]], None
         if values is not None:
             some = values[i:i + len(ids)]
             ids, edit = by(ids, some) if by else (ids, steer(run.flags, last(ids), some))
         new = model.generate(ids, run.size.context, edit, 0.8, chance, run.tok.end)
         texts += [run.tok.decode(text).strip() for text in new]
-        if len(texts) < len(prompts):
-            progress(f"measuring: {len(texts)}/{len(prompts)} texts",
-                     (time.time() - started) * (len(prompts) / len(texts) - 1))
     return texts
 
 
@@ -554,7 +553,7 @@ def progress(line, left, end=False, shown=[0.0]):
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     if end or time.time() - shown[0] > (0.5 if terminal else 5):
         shown[0], width = time.time(), shutil.get_terminal_size().columns - 1
-        line = f"{line}  ETA {left // 60:.0f}:{left % 60:02.0f}"
+        line += f"  ETA {left // 60:.0f}:{left % 60:02.0f}" if left or end else ""
         print("\r" + line[:width].ljust(width) if terminal else line, flush=True,
               end="" if terminal and not end else "\n")
 
