@@ -372,7 +372,7 @@ def batch(rows, step, size, seed, no_prompt=0.0):
 
 
 def pad(rows):
-    """Rows as a Batch, padded on the right with their first token. draw is 0.
+    """Rows as a Batch, padded on the right with the first row's first token. draw is 0.
 
     targets[b, t] is the token that follows idx[b, t] if it belongs to the text, else -100. So the
     positions with a target run from the last token of the prompt to the last but one of the whole.

@@ -109,13 +109,14 @@ class Flags:
 
 
 def install(flags, batch, p):
-    """The method: for one batch an edit that reads and overwrites the slice, and the flag loss.
+    """The method: for one batch edit, which reads and overwrites the slice, and flag_loss(), which
+    afterwards gives the mean of (slice / height - y)^2 over blocks, flag positions and flags.
 
-    p is the share of the sequences in which the flags are supplied: 0 in stage 1. A sequence is
-    supplied if batch.draw (B,), a new number in [0, 1) at each step, is below p. Flag positions run
-    from the last token of the prompt to the end of the text: there the model is about to write, and
-    there alone a batch has targets. Where the slice is overwritten, no gradient of the LM loss gets
-    through: there the flag loss, which is taken of all sequences, is the model's only teacher.
+    p is the share of the sequences whose flags are supplied: their slice becomes height * y. These
+    are the ones whose batch.draw (B,), new at each step, is below p. Flag positions run from the
+    last token of the prompt to the end of the text: there the model is about to write, there alone
+    a batch has targets. Where the slice is overwritten, the LM loss gets no gradient through: there
+    the flag loss, which is taken of all sequences, is the model's only teacher.
     """
     idx, targets, y, draw = batch                       # (B, T), (B, T), (B, K), (B,)
     on = (targets >= 0)[..., None]                      # (B, T, 1) flag positions
@@ -137,8 +138,8 @@ def install(flags, batch, p):
 
 def steer(flags, start, values):
     """An edit for inference: your choice overwrites the slice.
-
-    From position start[b] on (start (B,), int64), row b's flags are values[b] (values (B, K)).
+    After blocks >= k, from position start[b] on, row b's slice becomes height * values[b]. Shapes:
+    start (B,) int64, values (B, K).
     """
     def edit(layer, x, pos):                            # x (B, T, C), pos (B or 1, T)
         if layer >= flags.layer:

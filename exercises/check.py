@@ -109,8 +109,8 @@ def install_loss(F, D):
         for layer, x in enumerate(xs, start=2):
             edit(layer, x.clone(), None)
         yield (same(flag_loss(), torch.stack([error(x) for x in xs]).mean()),
-               "read BEFORE you write: the loss is of what the model itself put there, in supplied "
-               "sequences as in others" if p else
+               "read BEFORE you write, and keep a copy, since a slice is a view: the loss is of "
+               "what the model itself put there, in supplied sequences as in others" if p else
                "the flag loss is a mean over all blocks from k on, all flag positions of the batch "
                "alike (not first within each sequence) and all flags, of (own / height - y)^2; "
                "each batch has a list of reads of its own")
@@ -315,7 +315,8 @@ def check(number, *more):
     except Exception as error:      # whatever is wrong with the student's code
         frame = traceback.extract_tb(error.__traceback__)[-1]
         said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        hints.append(f"{said} ({Path(frame.filename).name}, line {frame.lineno})")
+        hints.append(f"{said} ({Path(frame.filename).name}, line {frame.lineno}): does it return "
+                     "what its docstring says? An edit returns x, install a pair")
     return hints.count(""), len(hints), next(filter(None, hints), "")
 
 

@@ -117,7 +117,7 @@ def remove(run, directions, start):
 
     def edit(layer, x, pos):
         if layer >= run.flags.layer:
-            on, rest = (pos >= start[:, None])[..., None], x[..., :run.flags.first]
+            on, rest = (pos >= start.to(x.device)[:, None])[..., None], x[..., :run.flags.first]
             x[..., :run.flags.first] = torch.where(on, rest - rest @ q @ q.T, rest)
         return x
     return edit
