@@ -183,13 +183,13 @@ def draw(run, arms, curves):
                         xytext=(2, 3), textcoords="offset points")
     points = sorted((place(figures)[::-1], name) for name, figures in arms.items()
                     if figures["nll_gap"])
-    last = -np.inf
+    last = {}       # left and right: labels one above the other where the points are one
     for (y, x), name in points:
-        last = max(y, last + 0.05)      # labels one above the other where the points are one
+        height = last[x > 2] = max(y, last.get(x > 2, -np.inf) + 0.05)
         ax.plot(x, y, "o", alpha=0.7)
-        ax.annotate(name, (x, y), xytext=(x + 0.12, last), fontsize=9, va="center")
+        ax.annotate(name, (x, y), xytext=(x + 0.12, height), fontsize=9, va="center")
     ax.set(xlabel="nll_gap: how much less likely than real text (nats per token)",
-           ylabel="conflict: the text follows the flags", ylim=(-0.05, 1.1),
+           ylabel="conflict: the text follows the flags", ylim=(-0.05, 1.1), xmargin=0.15,
            title="steering against the prompt")
     fig.savefig(run.out / "compare.png", dpi=120)
     print(f"Wrote {run.out / 'compare.png'}")

@@ -66,11 +66,11 @@ def job(run, args):
     kinds = [("intact", "a prompt that tells one concept"), ("suppress", "one that tells two"),
              ("neutral", "one that tells none")]
     kinds = [(run.asked[kind][0][0], title) for kind, title in kinds if run.asked[kind][0]]
-    fig = Figure((12, 4.4 * len(kinds)), layout="constrained")
+    fig = Figure((9, 4 * len(kinds)), layout="constrained")
     for ax, (prompt, title) in zip(fig.subplots(len(kinds), 1, squeeze=False)[:, 0], kinds):
         text = F.continue_texts(run, model, [prompt])[0]    # the model's own, with its flags free
         own, tokens, begin = own_flags_of(run, model, prompt, text)
-        own, tokens = own[:40], tokens[:40]
+        own, tokens = own[:32], tokens[:32]
         ax.imshow(own.T.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
         ax.axvline(begin - 0.5, color="C3", lw=1.5)         # the text's first token is right of it
         ax.set_title(f"{title}; right of the red line the model writes", fontsize=11)
