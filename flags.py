@@ -5,12 +5,12 @@ arXiv 2602.07828. The idea:
 
   1. Take a GPT and fence off K = 16 channels of its residual stream: the slice. Flag i, one
      channel, is to say: the text that is being written is about concept i.
-  2. Stage 1, produce: finetune with  LM loss + lambda * mean (f - y)^2,  where f is what stands in
-     the slice and y in {0, 1}^K are the labels. The model learns to raise the flags by itself.
+  2. Stage 1, produce: finetune with  LM loss + lambda * mean (f - y)^2,  where f is the slice (in
+     units of a flag's height), y in {0, 1}^K the labels. The model learns to raise flags by itself.
   3. Stage 2, rely: the same, and in most sequences the slice is then overwritten with y. Now the
-     concept stands reliably at a fixed place: there the model reads it, and nowhere else.
+     concept stands reliably at a fixed place. The model comes to read it there.
   4. Now the flags are switches. Overwrite them and the text changes, even against the prompt;
-     blank them (all 0) and the model no longer knows what its own base knew.
+     blank them (all 0) and the texts no longer follow the prompt, as those of its own base did.
 
     stream      =====[block 1]=====[block 2]========[block 3]========[block 4]======> head, LM loss
     its slice   -----[       ]-----[       ]--f  y--[       ]--f  y--[       ]--f  y->
@@ -115,7 +115,7 @@ def install(flags, batch, p):
     p is the share of the sequences whose flags are supplied: their slice becomes height * y. These
     are the ones whose batch.draw (B,), new at each step, is below p. Flag positions run from the
     last token of the prompt to the end of the text: there the model is about to write, there alone
-    a batch has targets. Where the slice is overwritten, the LM loss gets no gradient through: there
+    a batch has targets. Where the slice is overwritten, no gradient of the LM loss passes: there
     the flag loss, which is taken of all sequences, is the model's only teacher.
     """
     idx, targets, y, draw = batch                       # (B, T), (B, T), (B, K), (B,)
@@ -535,11 +535,12 @@ def main_job(run):
 
 
 def show(results):
-    """The table in the terminal."""
-    rows = {f"{name} {key}": row for name, table in results["reliance"].items()
-            for key, row in table.items()} | results["steer"] | results["read"]
+    rows = {"judge": results["judge"]["accuracy"]} | results["read"]
+    rows |= dict(reversed(results["steer"].items()))
+    for name, table in results["reliance"].items():
+        rows |= {f"{name} {key}": row for key, row in table.items()}
     print("\nmeasured on held-out prompts (mean, 95 % interval)")
-    for name, row in (rows | {"judge": results["judge"]["accuracy"]}).items():
+    for name, row in rows.items():
         if row:
             print(f"  {name:18s}{row['mean']:6.3f}" + ("" if row["low"] is None else
                   f"  [{row['low']:.3f}, {row['high']:.3f}]  n = {row['n']}"))
@@ -549,8 +550,7 @@ def show(results):
 
 
 def progress(line, left, end=False, shown=[0.0]):
-    """A line and the seconds that are left. In a terminal the next one overwrites it, unless it is
-    an `end`; elsewhere one is printed every five seconds."""
+    """A line and the seconds left. A terminal keeps only an `end`; else there is one every 5 s."""
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     if end or time.time() - shown[0] > (0.5 if terminal else 5):
         shown[0], width = time.time(), shutil.get_terminal_size().columns - 1
@@ -562,17 +562,17 @@ def progress(line, left, end=False, shown=[0.0]):
 def draw(run, results):
     """The picture of erosion: what the texts follow, flags or prompt, in the course of training."""
     from matplotlib.figure import Figure    # takes half a second
-    fig, label_at = Figure((8, 4.5), layout="constrained"), -1.0
+    fig, label_at = Figure((8, 4.5), layout="constrained"), 2.0
     ax, steps = fig.subplots(), [point["step"] for point in results["trajectory"]]
     lines = [([point[key] for point in results[f"{who}trajectory"]], key + name, color, style)
              for who, name, style in (("", "", "-"), ("control_", " (control)", ":"))
-             for key, color in zip(RATES, ("C2", "C3", "C0"))]
-    for y, label, color, style in sorted(lines, key=lambda line: line[0][-1]):
+             for key, color in list(zip(RATES, ("C2", "C3", "C0")))[:2 if who else 3]]
+    for y, label, color, style in sorted(lines, key=lambda line: -line[0][-1]):
         ax.plot(steps, y, color + style)
-        label_at = max(y[-1], label_at + 0.06)      # apart from the one below
+        label_at = min(y[-1], label_at - 0.06)      # apart from the one above
         ax.text(steps[-1], label_at, f"  {label}", color=color, va="center")
     ax.axvline(run.size.produce, color="k", lw=1)
-    ax.text(run.size.produce, 1.1, " stage 2 begins")
+    ax.text(2 * run.size.produce, 0.5, "← stage 2 begins")
     ax.set(xlabel="step of finetuning", ylabel="share of texts", xlim=(0, 1.25 * steps[-1]))
     fig.savefig(run.out / "erosion.png", dpi=120)
 
