@@ -386,9 +386,8 @@ def test_a_file_and_prompts_that_stand_with_several_concepts_and_tell_none(tmp_p
 # ---------------------------------------------------------------------------- measurements
 
 def test_a_learned_judge_does_not_favour_the_frequent():
-    numbers = {"often x": 270, "often w": 30, "seldom z": 15, "seldom w": 15}   # w: 1/10, 1/2
-    examples = [D.Example("", text, (name,), True) for line, n in numbers.items()
-                for name, text in [line.split()] * n]
+    examples = [example("", "x", "often")] * 270 + [example("", "w", "often")] * 30
+    examples += [example("", "z", "seldom")] * 15 + [example("", "w", "seldom")] * 15
     judge, again = (D.learned_judge(examples, ["often", "seldom"]) for _ in range(2))
     assert judge(["x", "z", "w"]) == [[0], [1], [1]] and judge(["nothing known"])[0] in ([0], [1])
     assert judge(["w x z"]) == again(["w x z"])         # no chance in it

