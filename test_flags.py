@@ -396,7 +396,7 @@ def test_a_learned_judge_does_not_favour_the_frequent():
 def test_judgements_and_statistics_by_hand():
     words = {"cat": "cat", "purred": "cat", "dog": "dog"}
     judge = D.make_judge(D.Data("x", ["cat", "dog"], [], [], [], words))
-    assert judge(["The cat purred at a dog.", "No."]) == [[0, 0, 1], []]
+    assert judge(["The Cat purred at a dog.", "No."]) == [[0, 0, 1], []]
     assert D.about([0, 0, 1], 0) and not D.about([0, 1], 0) and not D.about([], 0)
     scores, labels = torch.tensor([1., 2., 3., 3.]), torch.tensor([0., 1., 0., 1.])
     assert F.auc(scores, labels) == pytest.approx(2.5 / 4)
