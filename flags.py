@@ -87,8 +87,8 @@ SIZES = {
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
                    rely=1500, lr=0.005, layer=4),
 }
-REAL_TEXT = dict(vocab=2032, batch=128, context=64, decay=0.5, weight=10.0, height=1.2,
-                 no_prompt=0.5, prompts=1024, track=128)    # and steps by the number of examples
+REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, no_prompt=0.5,
+                 prompts=1024, track=128)       # steps and decay: by the number of examples
 CHECKPOINT = dict(batch=16, base=0, produce=20, rely=180, lr=0.001, embedding_lr=0.0003, decay=0.0,
                   height=1.2, prompts=64, track=16, every=50)
 
@@ -430,8 +430,9 @@ def prepare(args):
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
                   chosen.get("stories", s.stories))
     if data.name != "stories":
-        steps = round(8 * len(data.train) ** 0.5)       # 250 for 1,000 examples, 2,300 for 84,000
-        s = dataclasses.replace(s, **REAL_TEXT, base=steps // 7, rely=steps, free=steps // 5)
+        steps = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # 10 epochs
+        s = dataclasses.replace(s, **REAL_TEXT, base=max(48, steps // 7), rely=steps, free=steps // 5,
+                                produce=min(50, steps // 10), decay=24 / steps ** 0.5)
     base_model = None
     if args.init:
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
@@ -549,8 +550,7 @@ def show(results):
         print(f"\n  {sample['prompt']}  [flags: {''.join(sample['flags'])}]\n    {sample['text']}")
 
 
-def progress(line, left, end=False, shown=[0.0]):
-    """A line and the seconds left. A terminal keeps only an `end`; else there is one every 5 s."""
+def progress(line, left, end=False, shown=[0.0]):   # a terminal keeps no line but an `end`
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     if end or time.time() - shown[0] > (0.5 if terminal else 5):
         shown[0], width = time.time(), shutil.get_terminal_size().columns - 1
