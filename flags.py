@@ -430,9 +430,9 @@ def prepare(args):
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
                   chosen.get("stories", s.stories))
     if data.name != "stories":
-        steps = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # 10 epochs
-        s = dataclasses.replace(s, **REAL_TEXT, base=max(48, steps // 7), rely=steps, free=steps // 5,
-                                produce=min(50, steps // 10), decay=24 / steps ** 0.5)
+        n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # about 10 epochs
+        s = dataclasses.replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10),
+                                rely=n, free=n // 5, decay=24 / n ** 0.5)
     base_model = None
     if args.init:
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
