@@ -430,7 +430,7 @@ def prepare(args):
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
                   chosen.get("stories", s.stories))
     if data.name != "stories":
-        n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # about 10 epochs
+        n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # 10 epochs
         s = dataclasses.replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10),
                                 rely=n, free=n // 5, decay=24 / n ** 0.5)
     base_model = None
