@@ -4,7 +4,6 @@
 """
 import torch
 
-import data as D
 import flags as F
 from lab import tools
 

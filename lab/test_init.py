@@ -1,0 +1,127 @@
+"""Tests of --init: whole runs of small real checkpoints, tokenizer files, bad folders.
+
+    pip install transformers gguf accelerate
+"""
+import json
+
+import pytest
+import torch
+
+import data as D
+import flags as F
+from lab import export
+from lab.test_real import GROUPED, T, small
+from model import load_pretrained
+from test_flags import PROMPTS, lines, one_line
+
+
+def jsonl_of(folder, n=300):
+    """A file of labelled lines: the text says which of two beings was seen."""
+    file, beings = folder / "my.jsonl", [("cat", "dog")[i % 2] for i in range(n)]
+    file.write_bytes(lines(*(
+        {"prompt": f"On day {i} I saw a {being}.", "concepts": [being],
+         "text": f"The {being} was number {i}."} for i, being in enumerate(beings))))
+    return str(file)
+
+
+def tokenizer():
+    """An ordinary byte-level tokenizer of transformers', and one more token that is not special."""
+    text = "the cat saw a dog on a fine day and that was that, schöne "
+    return export.to_fast(D.train_bpe([text] * 3, 300).merges)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_whole_run(name, tmp_path, capsys):
+    """On a folder that transformers wrote; what comes out loads there and can be steered there."""
+    folder, out = tmp_path / "model", tmp_path / "run"
+    tokenizer().save_pretrained(folder)
+    small(name, 320).save_pretrained(folder)
+    command = ["--size", "tiny", "--init", str(folder), "--data", jsonl_of(tmp_path),
+               "--out", str(out), "--set", "produce=2", "rely=4", "every=3", "prompts=12",
+               "track=4", "batch=8", "layer=2"]
+    assert F.main(command) is None
+    results = json.loads((out / "results.json").read_text())
+    assert {point["stage"] for point in results["trajectory"]} == {1, 2}
+    assert results["parameters"] > 1000
+    capsys.readouterr()
+    assert F.main(command + ["--steer", "On day 3", "--on", "dog"]) is None
+    assert "flags set: " in capsys.readouterr().out
+    theirs = T.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
+    saved = torch.load(out / "flags.pt", weights_only=True)
+    told = json.loads((out / "model" / "flags.json").read_text())
+    assert told["concepts"] == ["cat", "dog"]
+    assert told["layer"] == 2 and told["count"] == 2 and told["height"] > 0
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(value, saved["model"][f"model.{key}"])
+    moved = folder.rename(tmp_path / "elsewhere")       # a path is not a setting, the weights are
+    command[3] = f"{moved}/"
+    assert F.main(command) is None
+    small("gpt2" if name == "llama" else "llama", 320).save_pretrained(moved)
+    assert F.main(command) == 2
+    one_line(capsys, "another base model")
+
+
+def test_a_base_of_ours_is_the_same_by_this_path(tmp_path):
+    torch.manual_seed(0)
+    run = F.prepare(F.parser().parse_args(
+        ["--size", "tiny", "--out", str(tmp_path), "--set", "stories=4000"]))
+    export.to_gpt2(run.base, run.tok.end).save_pretrained(tmp_path / "gpt2")
+    export.to_fast(run.tok.merges).save_pretrained(tmp_path / "gpt2")
+    base, tok = load_pretrained(tmp_path / "gpt2", 128)
+    idx = torch.randint(500, (2, 20))
+    for one, other in zip(F.streams(run.base, idx), F.streams(base, idx)):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert torch.allclose(run.base(idx), base(idx), atol=1e-4)
+    assert base.generate(PROMPTS, 9, temperature=0) == run.base.generate(PROMPTS, 9, temperature=0)
+    for e in run.data.test[:100]:
+        assert tok.encode(e.text) == run.tok.encode(e.text)
+        assert tok.decode(tok.encode(e.text)) == e.text
+    assert tok.prompt("x")[0] == run.tok.end == tok.end
+
+
+def test_tokenizer_files_are_read_as_transformers_reads_them(tmp_path):
+    fast = tokenizer()
+    fast.add_tokens(["ö"])                                  # not special: it is found inside words
+    small("llama", 320).save_pretrained(tmp_path)
+    fast.save_pretrained(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst",
+                          "stride": 0}
+    spec["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None,
+                       "pad_id": 1, "pad_type_id": 0, "pad_token": "!"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    _, tok = load_pretrained(tmp_path, 40)
+    for text in ("the cat saw a dog on a fine day", "x", "<|end|> is text"):
+        assert tok.decode(tok.encode(text)) == text and tok.end not in tok.encode(text)
+    assert fast.convert_tokens_to_ids("ö") in tok.encode("schöne")
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda folder: (folder / "config.json").unlink(),
+    lambda folder: (folder / "config.json").write_text("[]"),
+    lambda folder: (folder / "model.safetensors").write_bytes(b"version https://git-lfs"),
+    lambda folder: (folder / "tokenizer.json").write_bytes(b"version https://git-lfs"),
+    lambda folder: T.T5ForConditionalGeneration(T.T5Config(
+        vocab_size=320, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2,
+    )).save_pretrained(folder),
+    lambda folder: T.LlamaForCausalLM(T.LlamaConfig(
+        **GROUPED | {"vocab_size": 60})).save_pretrained(folder),
+    lambda folder: change_weights(folder, lambda w: w.popitem()),
+    lambda folder: change_weights(folder, lambda w: next(iter(w.values())).fill_(float("nan"))),
+])
+def test_bad_folders_are_one_line(spoil, tmp_path, capsys):
+    folder = tmp_path / "model"
+    tokenizer().save_pretrained(folder)
+    small("llama", 320).save_pretrained(folder)
+    spoil(folder)
+    capsys.readouterr()
+    assert F.main(["--size", "tiny", "--init", str(folder), "--out", str(tmp_path / "run")]) == 2
+    one_line(capsys, str(folder))
+    assert not (tmp_path / "run").exists()
+
+
+def change_weights(folder, how):
+    from safetensors.torch import load_file, save_file
+    weights = load_file(folder / "model.safetensors")
+    how(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
