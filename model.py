@@ -274,7 +274,7 @@ class Pretrained(LanguageModel):
 
 
 def load_pretrained(path, context):
-    """A Pretrained, in float32, with at most `context` positions, and its Tokenizer. Raises Stop."""
+    """A Pretrained, in float32, of at most `context` positions, and its Tokenizer. Raises Stop."""
     path, more = Path(path), {"local_files_only": True}
     if path.suffix == ".gguf":
         path, more["gguf_file"] = path.parent, path.name
