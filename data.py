@@ -372,11 +372,11 @@ def batch(rows, step, size, seed, no_prompt=0.0):
 
 
 def pad(rows):
-    """Rows as a Batch, padded on the right with the first row's first token. draw is 0.
-
-    targets[b, t] is the token that follows idx[b, t] if it belongs to the text, else -100. So the
-    positions with a target run from the last token of the prompt to the last but one of the whole.
-    T is a multiple of 8: few different shapes, since CPU kernels are made for each.
+    """Rows as a Batch. idx[b] is a row without its last token, which is predicted and never read,
+    padded on the right with the first row's first token. targets[b, t] is the token that follows
+    idx[b, t] in its row if it belongs to the text, else -100: there are targets from the prompt's
+    last token on. draw is 0. T is the smallest multiple of 8 that suffices: few different shapes,
+    since CPU kernels are made for each.
     """
     lengths = [len(row.prompt) + len(row.text) - 1 for row in rows]
     longest = -(-max(lengths) // 8) * 8

@@ -109,14 +109,16 @@ class Flags:
 
 
 def install(flags, batch, p):
-    """The method: for one batch edit, which reads and overwrites the slice, and flag_loss(), which
-    afterwards gives the mean of (slice / height - y)^2 over blocks, flag positions and flags.
+    """The method, for one batch: (edit, flag_loss).
 
-    p is the share of the sequences whose flags are supplied: their slice becomes height * y. These
-    are the ones whose batch.draw (B,), new at each step, is below p. Flag positions run from the
-    last token of the prompt to the end of the text: there the model is about to write, there alone
-    a batch has targets. Where the slice is overwritten, no gradient of the LM loss passes: there
-    the flag loss, which is taken of all sequences, is the model's only teacher.
+    edit(layer, x, pos) is called after each block with the stream x (B, T, C). After blocks >= k it
+    reads the slice, then overwrites it in place, in x's dtype. flag_loss(), called after that, is
+    the mean of (f - y)^2 over these blocks, all flags, and the flag positions of all sequences
+    together; f is what was read, divided by height. Flag positions are those with a target (>= 0):
+    there the model is about to write, from the last token of the prompt on. p is the share of the
+    sequences whose flags are supplied, those whose batch.draw (B,), new at each step, is below p:
+    at their flag positions the slice becomes height * y. Where it is overwritten no gradient of the
+    LM loss passes: there the flag loss, which is taken of all sequences, is the only teacher.
     """
     idx, targets, y, draw = batch                       # (B, T), (B, T), (B, K), (B,)
     on = (targets >= 0)[..., None]                      # (B, T, 1) flag positions
@@ -137,10 +139,8 @@ def install(flags, batch, p):
 
 
 def steer(flags, start, values):
-    """An edit for inference: your choice overwrites the slice.
-    After blocks >= k, from position start[b] on, row b's slice becomes height * values[b]. Shapes:
-    start (B,) int64, values (B, K).
-    """
+    """An edit for inference: after blocks >= k, from position start[b] on, row b's slice becomes
+    height * values[b], in x's dtype. start (B,) int64 and values (B, K) may be on any device."""
     def edit(layer, x, pos):                            # x (B, T, C), pos (B or 1, T)
         if layer >= flags.layer:
             on = (pos >= start.to(x.device)[:, None])[..., None]    # (B, T, 1)

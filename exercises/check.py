@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 K, C, H = 3, 16, 4.0
+POS = torch.arange(4)[None]
 
 
 def same(a, b):
@@ -54,7 +55,7 @@ def steer(F):
 def pad(D):
     row = lambda prompt, text, *label: D.Row(prompt, text, label)
     b = D.pad([row([99, 1, 2], [3, 4, 99], 0., 1.), row([98], [5, 98], 1., 0.)])
-    yield b.idx.shape == (2, 8), "T is the longest row, up to a multiple of 8"
+    yield b.idx.shape == (2, 8), "the longest row of idx has 5 tokens: 8 is enough"
     yield (b.idx.tolist() == [[99, 1, 2, 3, 4, 99, 99, 99], [98, 5] + [99] * 6],
            "idx: prompt and text but for the last token, then the first token of the first row as "
            "padding")
@@ -62,8 +63,8 @@ def pad(D):
            "targets[t] is what follows idx[t]; the prompt and the padding are not predicted "
            "(-100), but the last token of the prompt predicts the first of the text")
     width = lambda prompt, text: D.pad([row([99] * prompt, [1] * text, 1.)]).idx.shape
-    yield width(4, 5) == (1, 8), "8 is a multiple of 8 already"
-    yield width(5, 5) == (1, 16), "9 become 16: never shorter than the longest row"
+    yield width(4, 5) == (1, 8), "a row of 9 tokens has 8 in idx, and 8 is a multiple of 8 already"
+    yield width(5, 5) == (1, 16), "a row of 10 tokens has 9 in idx, and 9 become 16"
     yield b.idx.dtype == b.targets.dtype == torch.int64, "idx and targets are int64"
     yield (b.y.dtype == torch.float32 and b.y.tolist() == [[0, 1], [1, 0]],
            "y is float32, one row for each label")
@@ -80,13 +81,13 @@ def setting(F, D):
 
 def install_write(F, D):
     flags, batch, on, y, xs = setting(F, D)
-    x = F.install(flags, batch([0.1, 0.2, 0.3]), 1.0)[0](1, xs[0].clone(), None)
+    x = F.install(flags, batch([0.1, 0.2, 0.3]), 1.0)[0](1, xs[0].clone(), POS)
     yield same(x, xs[0]), "block 1 is before k = 2: leave x as it is"
     for p, draw, who in ((0.0, [0., 0., 0.], []), (0.5, [.4, .2, .6], [0, 1]),
                          (0.5, [.6, .5, .4], [2]), (1.0, [.9, .0, .5], [0, 1, 2])):
         edit, _ = F.install(flags, batch(draw), p)
         for layer, x0 in enumerate(xs, start=2):
-            x = edit(layer, x0.clone(), None)
+            x = edit(layer, x0.clone(), POS)
             for b in range(3):
                 w = on[b] & (b in who)
                 yield (same(x[b][~w], x0[b][~w]), f"p = {p}, draws {draw}: sequence {b} is changed "
@@ -96,7 +97,7 @@ def install_write(F, D):
                        f"p = {p}, draws {draw}, block {layer}, sequence {b}: where draw < p the "
                        "slice is height x y, after EVERY block from k on")
                 yield same(x[b][:, :13], x0[b][:, :13]), "only the flags' channels change"
-    half = F.install(flags, batch([.1, .9, .1]), 0.5)[0](2, xs[0].bfloat16(), None)
+    half = F.install(flags, batch([.1, .9, .1]), 0.5)[0](2, xs[0].bfloat16(), POS)
     yield half.dtype == torch.bfloat16, "the stream keeps its dtype"
 
 
@@ -105,9 +106,9 @@ def install_loss(F, D):
     error = lambda x: ((x[..., 13:] / H - y[:, None]) ** 2)[on].mean()
     for p, draw in ((0.0, [0.] * 3), (1.0, [.1] * 3), (0.5, [.4, .6, .6]), (0.0, [0.] * 3)):
         edit, flag_loss = F.install(flags, batch(draw), p)
-        edit(1, torch.randn(3, 4, C), None)
+        edit(1, torch.randn(3, 4, C), POS)
         for layer, x in enumerate(xs, start=2):
-            edit(layer, x.clone(), None)
+            edit(layer, x.clone(), POS)
         yield (same(flag_loss(), torch.stack([error(x) for x in xs]).mean()),
                "read BEFORE you write, and keep a copy, since a slice is a view: the loss is of "
                "what the model itself put there, in supplied sequences as in others" if p else
@@ -117,7 +118,7 @@ def install_loss(F, D):
         xs = [torch.randn(3, 4, C) for _ in range(3)]
     edit, flag_loss = F.install(flags, batch([0., 0., 0.]), 1.0)
     x = torch.randn(3, 4, C, requires_grad=True)
-    edit(2, x.clone(), None).sum().backward(retain_graph=True)
+    edit(2, x.clone(), POS).sum().backward(retain_graph=True)
     yield x.grad[..., 13:][on].eq(0).all(), "what was overwritten gets no LM gradient"
     yield x.grad[..., :13].eq(1).all(), "all other channels pass the LM gradient"
     found = flag_loss()

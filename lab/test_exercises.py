@@ -138,3 +138,4 @@ def test_every_starter_imports_and_has_one_exercise_open(number, tmp_path):
         assert told["points"] < told["of"]
     cut = "(cut: it is the exercise)" in (folder / "README.md").read_text()
     assert cut == (number in ("3", "4") and "reads.append" in (ROOT / "README.md").read_text())
+    assert ("Four things" not in (folder / "README.md").read_text()) == (number in ("1", "3", "4"))
