@@ -3,8 +3,7 @@
 `GPT` is written from scratch, as GPT-2 is (Radford et al. 2019). `Pretrained` gives any decoder of
 the library transformers the same face. Both have one opening for whatever is done to activations,
 the argument `edit`: a function edit(layer, x, pos) -> x, which `forward` calls on the residual
-stream after each block. It is an argument and not a hook that stays, so there is no global state,
-and nothing to remove afterwards.
+stream after each block. It lasts for one call: there is nothing to remove afterwards.
 
 B sequences, T positions, C channels (the width of the stream), H heads, D = C / H, V tokens.
 """
@@ -38,8 +37,7 @@ def attend(q, k, v, bias):
     """Attention of queries q (B, H, T, D) over keys and values k, v (B, H, S, D).
 
     bias (T, S) or (B, 1, T, S) is 0 or, where a query must not look, -inf; None: it may anywhere.
-    Torch's fused kernel is fastest, but on a CPU its backward pass is slow at short lengths: there
-    two matmuls with a softmax between them train faster.
+    On a CPU the backward pass of torch's fused kernel is slow at short lengths: two matmuls then.
     """
     if bias is None or q.is_cuda or q.size(-2) > 256:
         bias = None if bias is None else bias.to(q.dtype)
@@ -223,9 +221,8 @@ class Pretrained(LanguageModel):
     """Any decoder of the library transformers, called like a GPT."""
     def __init__(self, model, context):
         super().__init__()
-        self.model, c = model.eval(), model.config.get_text_config()    # eval: no dropout, ever
-        limits = [getattr(c, name, None) for name in ("max_position_embeddings",
-                                                      "original_max_position_embeddings")]
+        self.model, c = model.eval(), model.config.get_text_config()    # eval: without dropout
+        limits = [getattr(c, f"{of}max_position_embeddings", None) for of in ("", "original_")]
         self.config = Config(self.wte.num_embeddings, min(filter(None, [context, *limits])),
                              c.num_hidden_layers, c.num_attention_heads, c.hidden_size)
         parameters = inspect.signature(model.forward).parameters
@@ -239,9 +236,6 @@ class Pretrained(LanguageModel):
     def blocks(self):
         return next(part for part in self.model.get_decoder().modules()
                     if isinstance(part, nn.ModuleList) and len(part) == self.config.n_layer)
-
-    def train(self, mode=True):
-        return self
 
     def new_cache(self, size, pad):
         from transformers import DynamicCache
@@ -298,6 +292,11 @@ def load_pretrained(path, context):
                    f"gguf accelerate ({error})") from None
     except Exception as error:      # whatever a broken folder or a strange model raises
         line = str(error).strip().split("\n")[0]
+        for file in path.glob("*.*"):       # the library's errors do not name it
+            if file.open("rb").read(23) == b"version https://git-lfs":
+                line = f"{file.name} is a git-lfs pointer: `git lfs pull` fetches the file"
+            elif file.suffix == ".json" and file.read_text() == getattr(error, "doc", None):
+                line = f"{file.name} is no JSON: {line}"
         raise Stop(f"{path} can't be used: {line} ({type(error).__name__})") from None
     plain = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
     spaced = tok.tokenize("a", **plain)[0].startswith("\u2581")     # puts a space before every text
@@ -339,12 +338,13 @@ class Muon(torch.optim.Muon):
 def optimizers(model, lr, embedding_lr, decay):
     """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for embeddings and norms.
 
-    On the stories Muon needs less than half of AdamW's steps to the same loss. Embeddings want a
-    far higher rate: the words of a concept have to find together.
+    On the stories Muon needs less than half of AdamW's steps; embeddings want a far higher rate. A
+    real checkpoint has AdamW for all: Muon is slow where matrices are wide and the tokens few.
     """
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad]
     ids = set(map(id, matrices))
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
-    muon = Muon(matrices, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(rest, embedding_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return [muon, adamw]
+    adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), fused=True)
+    muon = functools.partial(Muon, adjust_lr_fn="match_rms_adamw")
+    first = adamw if isinstance(model, Pretrained) else muon
+    return [first(matrices, lr, weight_decay=decay), adamw(rest, embedding_lr, weight_decay=0.0)]

@@ -48,6 +48,7 @@ def test_a_whole_run(name, tmp_path, capsys):
     assert "flags set: " in capsys.readouterr().out
     theirs = T.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
     saved = torch.load(out / "flags.pt", weights_only=True)
+    assert all("exp_avg_sq" in opt["state"][0] for opt in saved["optimizers"])      # no Muon here
     told = json.loads((out / "model" / "flags.json").read_text())
     assert told["concepts"] == ["cat", "dog"]
     assert told["layer"] == 2 and told["count"] == 2 and told["height"] > 0
@@ -99,8 +100,6 @@ def test_tokenizer_files_are_read_as_transformers_reads_them(tmp_path):
 @pytest.mark.parametrize("spoil", [
     lambda folder: (folder / "config.json").unlink(),
     lambda folder: (folder / "config.json").write_text("[]"),
-    lambda folder: (folder / "model.safetensors").write_bytes(b"version https://git-lfs"),
-    lambda folder: (folder / "tokenizer.json").write_bytes(b"version https://git-lfs"),
     lambda folder: T.T5ForConditionalGeneration(T.T5Config(
         vocab_size=320, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2,
     )).save_pretrained(folder),
@@ -118,6 +117,34 @@ def test_bad_folders_are_one_line(spoil, tmp_path, capsys):
     assert F.main(["--size", "tiny", "--init", str(folder), "--out", str(tmp_path / "run")]) == 2
     one_line(capsys, str(folder))
     assert not (tmp_path / "run").exists()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+@pytest.mark.parametrize("name, content", [
+    ("model.safetensors", POINTER), ("tokenizer.json", POINTER), ("config.json", POINTER),
+    ("tokenizer.json", b"{broken"), ("config.json", b"{broken")])
+def test_spoiled_files_are_named(name, content, tmp_path):
+    tokenizer().save_pretrained(tmp_path)
+    small("llama", 320).save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(D.Stop, match=name):
+        load_pretrained(tmp_path, 40)
+
+
+def test_vocab_and_merges_are_cut_as_the_model_says(tmp_path):
+    """Qwen2 has digits one by one, and no tokenizer.json is needed for it."""
+    small("qwen2", 320).save_pretrained(tmp_path)
+    model = json.loads(tokenizer().backend_tokenizer.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"] | {"10": 310}))
+    merges = [" ".join(pair) for pair in model["merges"]] + ["1 0"]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}))
+    _, tok = load_pretrained(tmp_path, 40)
+    pieces = [tok.decode([i]) for i in tok.encode("the cat of 1010")]
+    assert pieces[:2] == ["the", " cat"] and pieces[-4:] == ["1", "0", "1", "0"]
 
 
 def change_weights(folder, how):
