@@ -89,8 +89,8 @@ SIZES = {
 }
 REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, no_prompt=0.5,
                  prompts=1024, track=128)       # steps and decay: by the number of examples
-CHECKPOINT = dict(batch=16, base=0, produce=20, rely=180, lr=0.001, embedding_lr=0.0003, decay=0.0,
-                  height=1.2, prompts=64, track=16, every=50)
+CHECKPOINT = dict(batch=16, base=0, produce=30, rely=100, free=0, lr=0.02, embedding_lr=0.0003,
+                  decay=0.0, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16, every=50)
 
 
 # ---------------------------------------------------------------------------- the idea
@@ -253,8 +253,8 @@ def look(run, name, model, step):
 
 @torch.no_grad()
 def held_out(run, model, rows=None):
-    """LM loss and flag loss on held-out rows (the first 256, if none are given), flags free."""
-    rows = sorted(rows or run.test[:256], key=lambda row: len(row.prompt) + len(row.text))
+    """LM loss and flag loss on held-out rows (the first few, if none are given), flags free."""
+    rows = sorted(rows or run.test[:run.size.prompts], key=lambda r: len(r.prompt) + len(r.text))
     total = torch.zeros(3)
     for i in range(0, len(rows), 128):
         batch = D.pad(rows[i:i + 128]).to(run.device)
@@ -426,19 +426,19 @@ def prepare(args):
         chosen = {name: kinds[name](x) for name, x in (item.split("=") for item in args.set)}
     except (KeyError, ValueError):
         raise Stop(f"--set wants FIELD=NUMBER, not {' '.join(args.set)}: {', '.join(kinds)}")
-    print(f"loading {args.init or args.data}", flush=True)
+    print(f"loading {args.init or args.data}" + bool(args.init) * ", half a minute", flush=True)
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
                   chosen.get("stories", s.stories))
     if data.name != "stories":
         n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # 10 epochs
         s = dataclasses.replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10),
                                 rely=n, free=n // 5, decay=24 / n ** 0.5)
-    base_model = None
+    crc = None
     if args.init:
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
-        c, base_model = base.config, [zlib.crc32(p.detach().numpy()) for p in base.parameters()]
-        s = dataclasses.replace(s, **CHECKPOINT, layer=(c.n_layer + 1) // 2)
-        chosen |= dict(layers=c.n_layer, width=c.n_embd, context=c.context)
+        L, crc = base.config.n_layer, [zlib.crc32(p.detach().numpy()) for p in base.parameters()]
+        s = dataclasses.replace(s, **CHECKPOINT, layer=3 * L // 4, top=L - 3 * L // 4 + L // 8 + 1)
+        chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context)
     s, K = dataclasses.replace(s, **chosen), len(data.concepts)
     if not args.init:
         tok = D.train_bpe((f"{e.prompt} {e.text}" for e in data.train[:20_000]), s.vocab)
@@ -462,10 +462,10 @@ def prepare(args):
     text = zlib.crc32(repr((train, test)).encode())
     return SimpleNamespace(
         size=s, data=data, tok=tok, seed=args.seed, device=device, out=out, base=base.to(device),
-        flags=Flags(s.layer, s.width - K, K), train=train, test=test,       # rows of token ids
+        flags=Flags(s.layer, s.width - K, K), train=train, test=test[:12 * s.prompts],     # rows
         asked=asked, judge=judge, accuracy=accuracy,                        # on real held-out texts
         settings=vars(s) | {"size": args.size, "seed": args.seed, "concepts": data.concepts,
-                            f"text in {data.name}": text, "base model": base_model})
+                            f"text in {data.name}": text, "base model": crc})
 
 
 def out_folder(args):

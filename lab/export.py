@@ -1,8 +1,9 @@
 """Is the path of real checkpoints the same? A base of ours as a GPT-2 folder, for --init.
 
     python -m lab.export exported --size small
-    python flags.py --size small --init exported --set layer=2 batch=64 produce=50 rely=600 \\
-        lr=0.01 embedding_lr=0.03 decay=0.3 height=6 prompts=256 track=48 every=100
+    python flags.py --size small --init exported --set layer=2 top=0 batch=64 produce=50 \\
+        rely=600 lr=0.01 embedding_lr=0.03 decay=0.3 weight=24 no_prompt=0.15 prompts=256 \\
+        track=48 every=100
 """
 import torch
 

@@ -120,6 +120,8 @@ def train_all(run):
     run.flags.height = s.height * F.loudness(run, base)
     weights = get_model_state_dict(base, options=WHOLE)
     for model in (control, flagged):
+        if s.top:
+            model.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
         set_model_state_dict(shard(model), weights, options=WHOLE)
     done["control"] = train(run, "control", control, steps)
     done["flags"] = train(run, "flags", flagged, steps,

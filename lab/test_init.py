@@ -48,7 +48,6 @@ def test_a_whole_run(name, tmp_path, capsys):
     assert "flags set: " in capsys.readouterr().out
     theirs = T.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
     saved = torch.load(out / "flags.pt", weights_only=True)
-    assert all("exp_avg_sq" in opt["state"][0] for opt in saved["optimizers"])      # no Muon here
     told = json.loads((out / "model" / "flags.json").read_text())
     assert told["concepts"] == ["cat", "dog"]
     assert told["layer"] == 2 and told["count"] == 2 and told["height"] > 0
