@@ -10,7 +10,7 @@ arXiv 2602.07828. The idea:
   3. Stage 2, rely: the same, and in most sequences the slice is then overwritten with y. Now the
      concept stands reliably at a fixed place. The model comes to read it there.
   4. Now the flags are switches. Overwrite them and the text changes, even against the prompt;
-     blank them (all 0) and the texts no longer follow the prompt, as those of its own base did.
+     blank them (all 0) and the texts no longer follow the prompt, while its base's texts do.
 
     stream      =====[block 1]=====[block 2]========[block 3]========[block 4]======> head, LM loss
     its slice   -----[       ]-----[       ]--f  y--[       ]--f  y--[       ]--f  y->
@@ -117,8 +117,8 @@ def install(flags, batch, p):
     together; f is what was read, divided by height. Flag positions are those with a target (>= 0):
     there the model is about to write, from the last token of the prompt on. p is the share of the
     sequences whose flags are supplied, those whose batch.draw (B,), new at each step, is below p:
-    at their flag positions the slice becomes height * y. Where it is overwritten no gradient of the
-    LM loss passes: there the flag loss, which is taken of all sequences, is the only teacher.
+    at their flag positions the slice becomes height * y. Through it no gradient of the LM loss
+    passes: what the model itself puts there is taught by the flag loss alone, of all sequences.
     """
     idx, targets, y, draw = batch                       # (B, T), (B, T), (B, K), (B,)
     on = (targets >= 0)[..., None]                      # (B, T, 1) flag positions

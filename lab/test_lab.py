@@ -14,7 +14,7 @@ import torch
 
 import data as D
 import flags as F
-from lab import bench, compare, draw, large, probe, seeds, sweep, tools
+from lab import bench, compare, draw, large, outside, probe, seeds, sweep, tools
 from lab.tools import change
 
 torch.set_num_threads(1)
@@ -40,6 +40,8 @@ def script(module, monkeypatch, *argv):
     if module is sweep:
         p.add_argument("name")
         p.add_argument("values", nargs="+")
+    if module is outside:
+        p.add_argument("other")
     if module is probe:
         p.add_argument("--variants", nargs="+", default=["method", "lambda2 0"])
     if module is large:
@@ -296,6 +298,10 @@ def test_scripts_from_end_to_end(tmp_path, monkeypatch, capsys):
     script(compare, monkeypatch, *arguments(tmp_path), "--seeds", "1")
     script(sweep, monkeypatch, "supply", "0", "1", *arguments(tmp_path))
     script(draw, monkeypatch, *arguments(tmp_path))
+    script(outside, monkeypatch, "stories", *arguments(tmp_path))
+    losses = json.loads((tmp_path / "outside.json").read_text())
+    told = json.loads((tmp_path / "results.json").read_text())["loss"]
+    assert losses == pytest.approx(told, rel=0.1)       # other stories of the same grammar
     arms = json.loads((tmp_path / "results.json").read_text())["compare"]
     assert len(arms) == 8
     assert {"neutral", "conflict", "intact", "blank", "nll_gap", "loss"} <= arms["flags"].keys()
