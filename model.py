@@ -281,7 +281,8 @@ def load_pretrained(path, context):
         model.hf_quantizer = None       # else what came from a .gguf file can't be saved
         lost = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]]
         if lost or not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError(f"its weights lack {', '.join(lost[:3]) or 'finite numbers'}")
+            odd = "".join(f", but have {key}" for key in sorted(info["unexpected_keys"])[:1])
+            raise ValueError(f"its weights lack {', '.join(lost[:3]) or 'finite numbers'}{odd}")
         model, tok = Pretrained(model, context), AutoTokenizer.from_pretrained(path, **more)
         if tok.eos_token_id is None or len(tok) > model.config.vocab_size:
             raise ValueError(f"its tokenizer has {len(tok)} tokens, the model "

@@ -132,6 +132,16 @@ def test_spoiled_files_are_named(name, content, tmp_path):
         load_pretrained(tmp_path, 40)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_a_prefix_of_all_weights_is_told(prefix, tmp_path):
+    """As torch.compile and DataParallel leave them."""
+    tokenizer().save_pretrained(tmp_path)
+    small("llama", 320).save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda w: [w.update({prefix + key: w.pop(key)}) for key in list(w)])
+    with pytest.raises(D.Stop, match=f"lack .*, but have {prefix}"):
+        load_pretrained(tmp_path, 40)
+
+
 def test_vocab_and_merges_are_cut_as_the_model_says(tmp_path):
     """Qwen2 has digits one by one, and no tokenizer.json is needed for it."""
     small("qwen2", 320).save_pretrained(tmp_path)
