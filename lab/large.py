@@ -9,6 +9,7 @@ are held. With --micro so many sequences go through the model at once; a real ch
 activation a block and computes the rest twice. All processes measure along, the first one prints.
 """
 import copy
+import dataclasses
 import functools
 import math
 import os
@@ -126,6 +127,13 @@ def train_all(run):
     done["control"] = train(run, "control", control, steps)
     done["flags"] = train(run, "flags", flagged, steps,
                           lambda step, batch: F.install(run.flags, batch, F.supply(s, step)))
+    if run.tok.save:        # the main job will save a folder: gather what was dealt out
+        weights = get_model_state_dict(flagged.model, options=StateDictOptions(
+            full_state_dict=True, cpu_offload=True))    # the first process gets them
+        flagged.model.save_pretrained = functools.partial(
+            flagged.model.save_pretrained, state_dict=weights)
+    if dist.is_initialized() and dist.get_rank():
+        run.tok = dataclasses.replace(run.tok, save=None)
     return {"base": base, "control": control, "flags": flagged}, done
 
 

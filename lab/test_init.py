@@ -3,6 +3,10 @@
     pip install transformers gguf accelerate
 """
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +63,29 @@ def test_a_whole_run(name, tmp_path, capsys):
     small("gpt2" if name == "llama" else "llama", 320).save_pretrained(moved)
     assert F.main(command) == 2
     one_line(capsys, "another base model")
+
+
+def test_two_processes_save_what_one_saves(tmp_path):
+    tokenizer().save_pretrained(tmp_path / "model")
+    small("llama", 320).save_pretrained(tmp_path / "model")
+    for N in (1, 2):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={N}"]
+        done = subprocess.run(
+            [sys.executable, *(torchrun if N > 1 else []), "-m", "lab.large", "--size", "tiny",
+             "--init", str(tmp_path / "model"), "--data", jsonl_of(tmp_path), "--micro", "3",
+             "--out", str(tmp_path / str(N)), "--set", "produce=2", "rely=4", "every=3",
+             "prompts=12", "track=4", "batch=8"],
+            text=True, capture_output=True, cwd=Path(F.__file__).parent,
+            env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (T.AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict()
+                for name in "12")
+    assert one.keys() == two.keys()
+    start = T.AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    for key, value in one.items():
+        assert torch.allclose(value, two[key], atol=3e-3)
+        upper = any(f"layers.{i}." in key for i in (2, 3))      # top = 2 of 4 blocks
+        assert torch.equal(value, start[key]) == (not upper)
 
 
 def test_a_base_of_ours_is_the_same_by_this_path(tmp_path):
