@@ -10,7 +10,8 @@ arXiv 2602.07828. The idea:
   3. Stage 2, rely: the same, and in most sequences the slice is then overwritten with y. Now the
      concept stands reliably at a fixed place. The model comes to read it there.
   4. Now the flags are switches. Overwrite them and the text changes, even against the prompt;
-     blank them (all 0) and the texts no longer follow the prompt, while its base's texts do.
+     blank them (all 0) and the texts no longer follow the prompt, while those of a model
+     trained without flags do.
 
     stream      =====[block 1]=====[block 2]========[block 3]========[block 4]======> head, LM loss
     its slice   -----[       ]-----[       ]--f  y--[       ]--f  y--[       ]--f  y->
@@ -21,9 +22,6 @@ arXiv 2602.07828. The idea:
 `python flags.py --size small` does all of this, measures it against the base and a control that
 was finetuned by the LM loss alone, and draws. B, T, C, K, L: batch, time, channels, flags, layers.
 """
-import signal
-if __name__ == "__main__":      # Ctrl-C while importing ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import argparse
 import copy
 import ctypes
@@ -34,6 +32,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -118,7 +117,7 @@ def install(flags, batch, p):
     there the model is about to write, from the last token of the prompt on. p is the share of the
     sequences whose flags are supplied, those whose batch.draw (B,), new at each step, is below p:
     at their flag positions the slice becomes height * y. Through it no gradient of the LM loss
-    passes: what the model itself puts there is taught by the flag loss alone, of all sequences.
+    passes: what the model itself puts there is taught by the flag loss alone.
     """
     idx, targets, y, draw = batch                       # (B, T), (B, T), (B, K), (B,)
     on = (targets >= 0)[..., None]                      # (B, T, 1) flag positions
@@ -213,7 +212,8 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
         started = time.time()
         batch = D.batch(run.train, step, s.batch, run.seed, s.no_prompt).to(run.device)
         edit, flag_loss = method(step, batch)
-        lm, flag = lm_loss(model, batch, edit), flag_loss()
+        lm = lm_loss(model, batch, edit)        # first: it reads the slice, and overwrites it
+        flag = flag_loss()
         (lm + s.weight * flag).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not math.isfinite(norm):
@@ -696,5 +696,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,11 +172,3 @@ def test_head_and_python_without_its_folder_and_home(tmp_path):
     assert process.stdout.readline().startswith("the model's own flags")
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() in (0, -signal.SIGPIPE)
-
-
-def test_ctrl_c_while_importing_is_no_traceback():
-    process = subprocess.Popen([sys.executable, F.__file__, "-h"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    time.sleep(0.3)     # importing torch takes longer
-    process.send_signal(signal.SIGINT)
-    assert process.communicate()[1] == "" and process.returncode in (-signal.SIGINT, 130)
