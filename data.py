@@ -9,6 +9,7 @@
 `stories` is a small grammar, each of whose content words belongs to one concept: so anybody can
 say what a story is about. B, T, K: batch, time, number of concepts (flags).
 """
+import heapq
 import json
 import random
 import unicodedata
@@ -203,14 +204,14 @@ def load_jsonl(path, most):
     concepts = sorted({concept for *_, of in items for concept in of})
     if not 2 <= len(concepts) <= most:
         raise Stop(f"{path}: {len(concepts)} concepts in {number} lines; there must be 2 to "
-                   f"{most} (--set flags={len(concepts)}); wanted: {WANTED}")
+                   f"{most} (--set flags={max(len(concepts), most)}); wanted: {WANTED}")
     data = real_data(path.name, concepts, items)
     for concept in concepts:
         if not all(any(concept in e.concepts for e in part) for part in (data.train, data.judge)):
             prompts, texts = (len({item[i] for item in items}) for i in (0, 1))
-            raise Stop(f"{path}: too few examples of {concept} to train a model and a judge. Equal "
-                       f"prompts or texts go to one of these, and of {number} lines {prompts} "
-                       f"prompts and {texts} texts differ: write more that do")
+            raise Stop(f"{path}: too few examples of {concept!r} to train a model and a judge. "
+                       f"Equal prompts or texts go to one of these, and of {number} lines "
+                       f"{prompts} prompts and {texts} texts differ: write more that do")
     return data
 
 
@@ -218,11 +219,11 @@ def parse(line):
     """One line of a .jsonl file: (prompt, text, concepts)."""
     item = json.loads(line.decode("utf-8-sig"))
     json.dumps(item, ensure_ascii=False).encode()   # refuses "\\ud800", half a character
-    prompt, text, names = item["prompt"], item["text"].strip(), item["concepts"]
-    if not (isinstance(prompt, str) and text and isinstance(names, list) and names
-            and all(isinstance(name, str) and name.strip() for name in names)):
+    prompt, text, names = item["prompt"], item["text"], item["concepts"]
+    if not (isinstance(prompt, str) and isinstance(text, str) and text.strip() and names
+            and isinstance(names, list) and all(isinstance(n, str) and n.strip() for n in names)):
         raise ValueError("a prompt, text or list of concepts is missing")
-    return prompt, text, tuple(sorted(set(map(normal, names))))
+    return prompt, text.strip(), tuple(sorted(set(map(normal, names))))
 
 
 def normal(name):
@@ -274,36 +275,33 @@ def train_bpe(texts, vocab_size):
     if vocab_size < 257:
         raise Stop(f"vocab must be at least 257 (256 bytes and {END}), not {vocab_size}")
     counts = Counter(piece for text in texts for piece in regex.findall(PIECES, text))
-    pieces = [list(piece.encode("utf-8", "replace")) for piece in counts]
-    counts, merges = list(counts.values()), []
+    # a piece is written as a string with one character for each of its tokens
+    pieces = [piece.encode("utf-8", "replace").decode("latin-1") for piece in counts]
+    counts, merges, new, heap = list(counts.values()), [], [], []   # heap: most frequent pair first
     frequency, holders = Counter(), defaultdict(set)   # pair -> its count, pair -> pieces with it
 
     def count(i, sign):
         for pair in zip(pieces[i], pieces[i][1:]):
+            if pair not in frequency:
+                new.append(pair)
             frequency[pair] += sign * counts[i]
             holders[pair].add(i)
 
     for i in range(len(pieces)):
         count(i, 1)
-    while len(merges) < vocab_size - 257 and (most := max(frequency.values(), default=0)):
-        best = min(pair for pair in frequency if frequency[pair] == most)
-        merges.append(best)
-        for i in holders.pop(best):
-            count(i, -1)
-            pieces[i] = merge(pieces[i], best, 255 + len(merges))
-            count(i, 1)
+    while (new or heap) and len(merges) < vocab_size - 257:
+        while new:
+            heapq.heappush(heap, (-frequency[new[-1]], new.pop()))
+        n, best = heapq.heappop(heap)
+        if n != -frequency[best]:       # it is rarer by now: back into the heap, to its place
+            heapq.heappush(heap, (-frequency[best], best))
+        elif n:
+            merges.append(tuple(map(ord, best)))
+            for i in (i for i in holders.pop(best) if "".join(best) in pieces[i]):
+                count(i, -1)
+                pieces[i] = pieces[i].replace("".join(best), chr(255 + len(merges)))
+                count(i, 1)
     return make_tokenizer(merges)
-
-
-def merge(piece, pair, token):
-    """Replace each `pair` of neighbours by `token`, from left to right."""
-    merged = []
-    for part in piece:
-        if merged and (merged[-1], part) == pair:
-            merged[-1] = token
-        else:
-            merged.append(part)
-    return merged
 
 
 def make_tokenizer(merges):
@@ -447,4 +445,6 @@ def learned_judge(examples, concepts):
         (loss + 1e-5 * w.square().sum()).backward()
         opt.step()
         opt.zero_grad()
-    return lambda texts: score(*bags(texts)).argmax(1, keepdim=True).tolist() if texts else []
+    # where no gram is known, all scores are 0: about nothing
+    return lambda texts: [[int(row.argmax())] * bool(row.any())
+                          for row in (score(*bags(texts)) if texts else [])]

@@ -10,8 +10,7 @@ arXiv 2602.07828. The idea:
   3. Stage 2, rely: the same, and in most sequences the slice is then overwritten with y. Now the
      concept stands reliably at a fixed place. The model comes to read it there.
   4. Now the flags are switches. Overwrite them and the text changes, even against the prompt;
-     blank them (all 0) and the texts no longer follow the prompt, while those of a model
-     trained without flags do.
+     blank them (all 0), and the texts do not follow the prompt, as without flags they would.
 
     stream      =====[block 1]=====[block 2]========[block 3]========[block 4]======> head, LM loss
     its slice   -----[       ]-----[       ]--f  y--[       ]--f  y--[       ]--f  y->
@@ -39,7 +38,6 @@ import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
-sys.path.append(str(Path(__file__).parent))     # python -P leaves it out
 
 import numpy as np
 import torch
@@ -90,6 +88,7 @@ REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, no_
                  prompts=1024, track=128)       # steps and decay: by the number of examples
 CHECKPOINT = dict(batch=16, base=0, produce=30, rely=100, free=0, lr=0.02, embedding_lr=0.0003,
                   decay=0.0, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16, every=50)
+MAY_BE_0 = "seed base produce rely free lr embedding_lr decay supply weight no_prompt top".split()
 
 
 # ---------------------------------------------------------------------------- the idea
@@ -169,11 +168,9 @@ def streams(model, idx, edit=None):
 
 def own_flags(model, flags, prompts):
     """The model's own flags (B, K) after block k, at the last token of each prompt (ids)."""
-    rows = []
-    for ids in prompts:
-        x = streams(model, torch.tensor([ids], device=model.wte.weight.device))[flags.layer - 1]
-        rows.append(x[0, -1, flags.slice] / flags.height)
-    return torch.stack(rows)
+    device = model.wte.weight.device
+    xs = [streams(model, torch.tensor([ids], device=device))[flags.layer - 1] for ids in prompts]
+    return torch.stack([x[0, -1, flags.slice] for x in xs]) / flags.height
 
 
 # ---------------------------------------------------------------------------- training
@@ -265,8 +262,8 @@ def held_out(run, model, rows=None):
 
 
 def train_together(jobs):
-    """train(*job) for each job, and what was done. For models of this size one CPU thread for each
-    of two trainings does more than two threads for one: each job gets a forked process with one."""
+    """train(*job) for each job, and what was done. Two small models train faster side by side, each
+    in a forked process with one CPU thread, than one after the other with two threads."""
     threads = torch.get_num_threads()
     if sys.platform == "linux" and jobs[0][0].device.type == "cpu" and threads > 1:
         for job in jobs:
@@ -305,8 +302,8 @@ def questions(data, n, seed):
     neutral = [e.prompt for e in examples if not e.cued][:n] if data.words else [""] * n
     c = [i % K for i in range(len(neutral))]
     several = neutral if data.words else []     # only a judge of words can tell several concepts
-    two, three = ([random.Random(seed + i).sample(range(K), size) for i in range(len(several))]
-                  for size in (2, 3))
+    two, three = ([random.Random(seed + i).sample(range(K), size) for i in range(len(several))
+                   if size <= K] for size in (2, 3))
     return {
         # the prompt says a, and the flags:
         "intact": (cued, None, lambda text, i: D.about(text, a[i])),
@@ -320,8 +317,8 @@ def questions(data, n, seed):
         # the prompt says nothing, and the flags one, two, three concepts:
         "neutral": (neutral, hot(K, zip(c)), lambda text, i: D.about(text, c[i])),
         "leak": (neutral, hot(K, zip(c)), lambda text, i: 1 - text.count(c[i]) / max(1, len(text))),
-        "compose2": (several, hot(K, two), lambda text, i: set(text) == set(two[i])),
-        "compose3": (several, hot(K, three), lambda text, i: set(text) == set(three[i]))}
+        "compose2": (several, hot(K, two), lambda text, i: {*text} == {*two[i]}),
+        "compose3": (several[:len(three)], hot(K, three), lambda text, i: {*text} == {*three[i]})}
 
 
 def hot(K, rows):
@@ -426,6 +423,9 @@ def prepare(args):
         chosen = {name: kinds[name](x) for name, x in (item.split("=") for item in args.set)}
     except (KeyError, ValueError):
         raise Stop(f"--set wants FIELD=NUMBER, not {' '.join(args.set)}: {', '.join(kinds)}")
+    for name, x in [*chosen.items(), ("seed", args.seed)]:
+        if not (0 < x < 2 ** 32 or x == 0 and name in MAY_BE_0):
+            raise Stop(f"{name}={x} is out of range")
     print(f"loading {args.init or args.data}" + bool(args.init) * ", half a minute", flush=True)
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
                   chosen.get("stories", s.stories))
@@ -433,20 +433,20 @@ def prepare(args):
         n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # 10 epochs
         s = dataclasses.replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10),
                                 rely=n, free=n // 5, decay=24 / n ** 0.5)
-    crc = None
     if args.init:
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
-        L, crc = base.config.n_layer, [zlib.crc32(p.detach().numpy()) for p in base.parameters()]
+        L = base.config.n_layer
         s = dataclasses.replace(s, **CHECKPOINT, layer=3 * L // 4, top=L - 3 * L // 4 + L // 8 + 1)
-        chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context)
+        chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context, heads=1)
     s, K = dataclasses.replace(s, **chosen), len(data.concepts)
     if not args.init:
         tok = D.train_bpe((f"{e.prompt} {e.text}" for e in data.train[:20_000]), s.vocab)
         vocab = -(-(tok.n_vocab + K) // 64) * 64    # room for control tokens (lab.compare)
         torch.manual_seed(args.seed)
         base = GPT(Config(vocab, s.context, s.layers, s.heads, s.width))
-    if not 1 <= s.layer <= s.layers or not 2 <= K <= s.width:
-        raise Stop(f"no room for {K} flags (2 to {s.width}) after block {s.layer} of {s.layers}")
+    if not 1 <= s.layer <= s.layers or not 2 <= K <= s.width or s.width % s.heads:
+        raise Stop(f"no room for {K} flags: block {s.layer} of {s.layers}, width {s.width}, "
+                   f"{s.heads} heads")
     train, test = (D.encode(e, tok, data.concepts, s.context) for e in (data.train, data.test))
     asked = questions(data, s.prompts, args.seed)
     if not asked["intact"][0]:
@@ -458,6 +458,8 @@ def prepare(args):
     if accuracy["mean"] < 0.6:
         print(f"The judge is right on {accuracy['mean']:.2f} of real texts: this judge cannot tell "
               "these concepts apart; more examples, or fewer concepts")
+    for file in [*out.glob("*.pt"), out / "results.json"] if args.fresh else ():
+        file.unlink(missing_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text = zlib.crc32(repr((train, test)).encode())
     return SimpleNamespace(
@@ -465,7 +467,8 @@ def prepare(args):
         flags=Flags(s.layer, s.width - K, K), train=train, test=test[:12 * s.prompts],     # rows
         asked=asked, judge=judge, accuracy=accuracy,                        # on real held-out texts
         settings=vars(s) | {"size": args.size, "seed": args.seed, "concepts": data.concepts,
-                            f"text in {data.name}": text, "base model": crc})
+                            f"text in {data.name}": text, "base model": args.init and [
+                zlib.crc32(p.detach().numpy()) for p in base.cpu().parameters()]})
 
 
 def out_folder(args):
@@ -481,9 +484,9 @@ def train_all(run):
           f"{len(run.train):,} training examples of {run.data.name}, results in {run.out}")
     done = {"base": train(run, "base", base, s.base)}
     run.flags.height = s.height * loudness(run, base)
+    if s.top:
+        base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
     control, flagged = copy.deepcopy(base), copy.deepcopy(base)
-    for model in (control, flagged) if s.top else ():
-        model.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
     method = lambda step, batch: install(run.flags, batch, supply(s, step))
     done["control"], done["flags"] = train_together([
         (run, "control", control, steps), (run, "flags", flagged, steps, method)])
@@ -524,12 +527,12 @@ def main_job(run):
                         ("intact", "free"), ("blank", "blank"),
                         ("conflict", [run.data.concepts[b[i]]]))]}
     results["seconds"] |= {"measure": time.time() - measuring, "total": time.time() - started}
-    write(run.out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     if run.tok.save:        # a real checkpoint: also as a folder that transformers loads
         flagged.model.save_pretrained(run.out / "model")
         run.tok.save(run.out / "model")
         (run.out / "model" / "flags.json").write_text(
             json.dumps({"concepts": run.data.concepts} | vars(run.flags)))
+    write(run.out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     show(results)
     draw(run, results)
     print(f"\n{results['seconds']['total']:.0f} s. Wrote results.json and erosion.png to {run.out}")
@@ -573,7 +576,8 @@ def draw(run, results):
         ax.text(steps[-1], label_at, f"  {label}", color=color, va="center")
     ax.axvline(run.size.produce, color="k", lw=1)
     ax.text(2 * run.size.produce, 0.5, "← stage 2 begins")
-    ax.set(xlabel="step of finetuning", ylabel="share of texts", xlim=(0, 1.25 * steps[-1]))
+    ax.set(xlabel="step of finetuning", ylabel="share of texts", xlim=(0, 1.25 * steps[-1]),
+           ylim=(-0.05, 1.05))
     fig.savefig(run.out / "erosion.png", dpi=120)
 
 
@@ -624,8 +628,8 @@ def write(file, save):
 def load_model(args):
     """A finished run's model, tokenizer, concepts and flags."""
     file = out_folder(args) / "flags.pt"
-    if not file.exists():
-        raise Stop(f"there is no {file}; the same command without --steer, --on and --off makes it")
+    if not (file.parent / "results.json").exists():     # the last that a run writes
+        raise Stop(f"no finished run in {file.parent}; without --steer, --on, --off it is made")
     saved = read_checkpoint(file)
     if saved["merges"]:
         model, tok = GPT(Config(**saved["config"])), D.make_tokenizer(saved["merges"])
@@ -659,31 +663,28 @@ def parser():
     p = argparse.ArgumentParser("flags.py", description=__doc__.split("    stream")[0],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: p.exit(2, f"flags.py: {message}; -h explains all options\n")
-    add = p.add_argument
-    add("--size", choices=SIZES, default="small", help="tiny: half a minute; small: minutes "
-        "(default); medium: one GPU")
+    add, several = p.add_argument, dict(nargs="+", action="extend", default=[])
+    add("--size", choices=SIZES, default="small", help="tiny: 30 s; small: minutes (default)")
     add("--data", default="stories", help="stories (built in, default), wordnet (Debian's "
         'wordnet-base), or a .jsonl file: lines of {"prompt": "", "text": "", "concepts": [""]}')
     add("--seed", type=int, default=1337, help="all randomness comes from it (default: 1337)")
-    add("--init", metavar="MODEL", help="install the flags in a real checkpoint: a folder that "
-        "transformers loads, or a .gguf file")
-    add("--set", nargs="+", default=[], metavar="FIELD=NUMBER", help="fields of Size, as rely=400")
+    add("--init", metavar="MODEL", help="a real checkpoint: a folder of transformers, or a .gguf")
+    add("--set", **several, metavar="FIELD=NUMBER", help="fields of Size, as rely=400")
     add("--out", metavar="DIR", help="where results go (default: out/SIZE[-MODEL][-DATA])")
     add("--fresh", action="store_true", help="start over; else a run that was stopped goes on")
     add("--steer", metavar="PROMPT", help="write with a finished run's model, flags free and set")
-    add("--on", nargs="+", default=[], metavar="FLAG", help="with --steer: raise these flags")
-    add("--off", nargs="+", default=[], metavar="FLAG", help="with --steer: lower these")
+    add("--on", **several, metavar="FLAG", help="with --steer: raise these flags")
+    add("--off", **several, metavar="FLAG", help="with --steer: lower these")
     return p
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")    # a terminal may lack a text's characters
     try:
         if args.steer is not None or args.on + args.off:
             steer_by_hand(args)
         else:
-            for file in out_folder(args).glob("*.pt") if args.fresh else ():
-                file.unlink()
             main_job(prepare(args))
     except BrokenPipeError:     # | head
         os._exit(0)

@@ -246,7 +246,7 @@ class Pretrained(LanguageModel):
     def forward(self, idx, edit=None, cache=None, at=...):
         """As GPT.forward. Hooks hang on the blocks for this one call."""
         slot = torch.arange(idx.size(1), device=idx.device)[None]               # (1, T)
-        more = {"position_ids": slot, "use_cache": False}
+        more = {"position_ids": slot.clamp(max=self.config.context - 1), "use_cache": False}
         if cache is not None:       # rows are padded on the left, see Cache
             slot = slot + cache.get_seq_length()
             pos = (slot - cache.pad).clamp(0, self.config.context - 1)          # (B, T)
@@ -293,10 +293,10 @@ def load_pretrained(path, context):
                    f"gguf accelerate ({error})") from None
     except Exception as error:      # whatever a broken folder or a strange model raises
         line = str(error).strip().split("\n")[0]
-        for file in path.glob("*.*"):       # the library's errors do not name it
+        for file in filter(Path.is_file, path.glob("*.*")):     # the library does not name it
             if file.open("rb").read(23) == b"version https://git-lfs":
                 line = f"{file.name} is a git-lfs pointer: `git lfs pull` fetches the file"
-            elif file.suffix == ".json" and file.read_text() == getattr(error, "doc", None):
+            elif file.suffix == ".json" and file.read_bytes() == getattr(error, "doc", "").encode():
                 line = f"{file.name} is no JSON: {line}"
         raise Stop(f"{path} can't be used: {line} ({type(error).__name__})") from None
     plain = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)

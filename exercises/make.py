@@ -34,8 +34,12 @@ def replace_body(source, name, body="raise NotImplementedError"):
 
 
 def make(number, folder):
-    ignored = shutil.ignore_patterns(".*", "out", "__pycache__", "assets")
-    shutil.copytree(ROOT, folder, ignore=ignored)
+    Path(folder).mkdir(parents=True)
+    for file in [*ROOT.glob("*.*"), *ROOT.glob("lab/*"), *ROOT.glob("exercises/*")]:
+        if file.is_file() and not file.name.startswith("."):
+            copy = Path(folder, file.relative_to(ROOT))
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(file, copy)
     answers = set()
     for file, name in (entry.split() for entry in OPEN[number]):
         path = Path(folder, file)
@@ -57,6 +61,9 @@ if __name__ == "__main__":
         sys.exit("usage: python exercises/make.py NUMBER FOLDER, with a number of 1 to 11 and a "
                  "new folder")
     number, folder = sys.argv[1:]
-    make(number, folder)
+    try:
+        make(number, folder)
+    except OSError as error:
+        sys.exit(f"{folder} can't be made: {error}")
     print(f"Wrote {folder}. Read exercises/README.md there; `python exercises/check.py {number}` "
           "checks.")

@@ -64,6 +64,8 @@ def job(run, args):
         import transformers     # noqa: F401
     except ImportError:
         raise Stop("this needs the library transformers: pip install transformers") from None
+    if args.init:
+        raise Stop("this exports a model of ours: without --init")
     F.train(run, "base", run.base, run.size.base)
     to_gpt2(run.base, run.tok.end).save_pretrained(args.folder)
     to_fast(run.tok.merges).save_pretrained(args.folder)

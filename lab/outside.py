@@ -8,9 +8,9 @@ from lab import tools
 
 
 def job(run, args):
-    models, _ = F.train_all(run)
     other = D.load(args.other, seed=run.seed).test[:12 * run.size.prompts]
     rows = D.encode(other, run.tok, run.data.concepts, run.size.context)
+    models, _ = F.train_all(run)
     losses = {name: F.held_out(run, model, rows)[0] for name, model in models.items()}
     print(f"LM loss on {len(rows)} texts of {args.other}, nats per token: "
           + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))

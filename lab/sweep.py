@@ -16,13 +16,16 @@ from data import Stop
 from lab import tools
 from lab.tools import change
 
-FIXED = "flags layers heads width context stories vocab batch base".split()
+FIXED = "flags layers heads width context stories vocab batch base top".split()
 
 
 def variant(run, name, value):
     """A run with one thing changed."""
     if name == "fenced":
-        value, K = int(value), run.flags.count
+        K = run.flags.count
+        if not value.isdecimal() or not 1 <= int(value) <= run.size.width:
+            raise Stop(f"fenced channels are 1 to {run.size.width}, not {value}")
+        value = int(value)
         which = [i % K for i in range(value)]
         flags = dataclasses.replace(run.flags, first=run.size.width - value, count=value)
         rows = {part: [row._replace(label=tuple(row.label[i] for i in which))
@@ -34,13 +37,20 @@ def variant(run, name, value):
     kinds = {key: kind for key, kind in F.Size.__annotations__.items() if key not in FIXED}
     if name not in kinds:
         raise Stop(f"there is no sweep of {name}; choose fenced, {', '.join(kinds)}")
-    size = dataclasses.replace(run.size, **{name: kinds[name](float(value))})
+    try:
+        size = dataclasses.replace(run.size, **{name: kinds[name](value)})
+    except ValueError:
+        raise Stop(f"{name} wants a number, not {value}")
+    if not 1 <= size.layer <= size.layers:
+        raise Stop(f"there is no block {size.layer} of {size.layers}")
     height = run.flags.height * size.height / run.size.height
     flags = dataclasses.replace(run.flags, layer=size.layer, height=height)
     return change(run, size=size, flags=flags, settings=run.settings | vars(size))
 
 
 def job(run, args):
+    for value in args.values:       # before the minutes of training: are they all possible?
+        variant(run, args.name, value)
     models, _ = F.train_all(run)
     theirs = F.held_out(run, models["control"], run.test)[0]
     runs = [variant(run, args.name, value) for value in args.values]

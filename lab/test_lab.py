@@ -202,8 +202,7 @@ def test_the_comparison_measures_each_arm_by_its_model(run, tmp_path, monkeypatc
     ("rely", "100", 1, 16, 0.9)])
 def test_what_a_sweep_varies(run, name, value, layer, K, p):
     r = sweep.variant(run, name, value)
-    assert (r.flags.layer, r.flags.count, r.flags.first) == (layer, K, 64 - K)
-    assert r.size.supply == p
+    assert (r.flags.layer, r.flags.count, r.flags.first, r.size.supply) == (layer, K, 64 - K, p)
     assert r.flags.height == run.flags.height * (2 if name == "height" else 1)
     assert r.settings != run.settings and run.flags.count == 16     # the others are as they were
     assert all(len(row.label) == K for row in r.train[:50])
@@ -211,8 +210,9 @@ def test_what_a_sweep_varies(run, name, value, layer, K, p):
     assert r.asked["conflict"][1].shape[1] == K
     if name not in ("fenced", "layer"):
         assert getattr(r.size, name) == float(value)
-    with pytest.raises(D.Stop, match="there is no sweep of width"):
-        sweep.variant(run, "width", "4")
+    for bad, value in (("width", 4), ("top", 1), ("layer", 9), ("rely", "x"), ("fenced", 99)):
+        with pytest.raises(D.Stop, match="there is no|wants a number, not x|not 99"):
+            sweep.variant(run, bad, str(value))
 
 
 def test_a_linear_probe_in_closed_form():

@@ -45,6 +45,7 @@ def load(folder, content):
     (lines({"prompt": "a", "concepts": ["b"]}), "line 1: 'text'; wanted"),
     (lines({"prompt": 3, "text": "a", "concepts": ["b"]}), "line 1: "),
     (lines({"prompt": "a", "text": " ", "concepts": ["b"]}), "line 1: "),
+    (lines({"prompt": "a", "text": None, "concepts": ["b"]}), "line 1: a prompt, text or list"),
     (lines({"prompt": "a", "text": "b", "concepts": "b"}), "line 1: "),
     (lines({"prompt": "a", "text": "b", "concepts": []}), "line 1: "),
     (lines({"prompt": "a", "text": "b", "concepts": ["c", " "]}), "line 1: "),
@@ -167,7 +168,7 @@ def test_head_and_python_without_its_folder_and_home(tmp_path):
     assert F.main(command) is None
     env = {key: value for key, value in os.environ.items() if key != "HOME"}
     process = subprocess.Popen(
-        [sys.executable, "-P", F.__file__, *command, "--steer", "Mia slept."],
+        [sys.executable, F.__file__, *command, "--steer", "Mia slept."],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     assert process.stdout.readline().startswith("the model's own flags")
     process.stdout.close()

@@ -75,7 +75,10 @@ def main():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", type=Path)
     folder = p.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        p.error(error)
     sets = {"verbs": lambda: wordnet("verb"), "adjectives": lambda: wordnet("adj"),
             "packages": packages, "fortunes": fortunes, "dictionary": dictionary}
     for name, make in sets.items():
@@ -86,7 +89,8 @@ def main():
             continue
         kept = save(folder / f"{name}.jsonl", items)
         if name == "packages":
-            save(folder / "packages-3000.jsonl", random.Random(0).sample(kept, 3000), least=1)
+            some = random.Random(0).sample(kept, min(3000, len(kept)))
+            save(folder / "packages-3000.jsonl", some, least=1)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def parser(doc):
         p._remove_action(action)
         for option in action.option_strings:
             del p._option_string_actions[option]
-    p.add_argument("--seeds", type=int, default=1, metavar="N",
+    p.add_argument("--seeds", type=int, default=1, choices=range(1, 100), metavar="N",
                    help="the whole job N times, with seeds SEED, SEED + 1, ...: mean and range")
     return p
 
@@ -41,8 +41,6 @@ def main(p, job):
             if args.seeds > 1:
                 one.out = str(out / f"seed-{seed}")
             run = flags.prepare(one)
-            for file in run.out.glob("*.pt") if args.fresh else ():
-                file.unlink()
             tables.append(leaves(job(run, args)))
         if args.seeds > 1:
             summary, file = over_seeds(tables), out / f"{name}.json"
@@ -83,6 +81,7 @@ def main_results(run):
     path = run.out / "results.json"
     if not path.exists() or not (run.out / "flags.pt").exists():
         flags.main_job(run)
+    flags.read_checkpoint(run.out / "flags.pt", run.settings)
     return json.loads(path.read_text())
 
 
