@@ -240,9 +240,8 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
 
 def look(run, name, model, step):
     """A point of the log: held-out losses; of a finetuned model also its RATES, see below."""
-    lm, flag = held_out(run, model)
-    point = {"step": step + 1, "lm_loss": lm, "flag_loss": flag,
-             "stage": "base" if name == "base" else 1 if step < run.size.produce else 2}
+    point = dict(zip(("lm_loss", "flag_loss"), held_out(run, model)), step=step + 1,
+                 stage="base" if name == "base" else 1 if step < run.size.produce else 2)
     for key in () if name == "base" else RATES:
         point[key] = ask(run, model, key, run.size.track)[1]["mean"]
     return point
@@ -329,10 +328,9 @@ def hot(K, rows):
 def continue_texts(run, model, prompts, values=None, by=None):
     """Texts that the model writes behind prompts (strings). values (B, K) are what its flags are
     set to; None: they are free. by(ids, values) -> (ids, edit): another way than `steer`."""
-    texts, chance, started = [], torch.Generator().manual_seed(run.seed), time.time()
-    for i in range(0, len(prompts), 256):
-        left = i and (time.time() - started) * (len(prompts) / i - 1)
-        progress(f"writing texts: {i} of {len(prompts)}", left)
+    texts, n, chance, begun = [], len(prompts), torch.Generator().manual_seed(run.seed), time.time()
+    for i in range(0, n, 256):
+        progress(f"writing texts: {i} of {n}", i and (time.time() - begun) * (n / i - 1))
         ids, edit = [run.tok.prompt(text)[:run.size.context] for text in prompts[i:i + 256]], None
         if values is not None:
             some = values[i:i + len(ids)]
@@ -437,6 +435,8 @@ def prepare(args):
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
         L = base.config.n_layer
         s = dataclasses.replace(s, **CHECKPOINT, layer=3 * L // 4, top=L - 3 * L // 4 + L // 8 + 1)
+        if not data.words:      # text of which the checkpoint knows much: smaller steps
+            s = dataclasses.replace(s, batch=64, produce=15, rely=60, lr=0.005, no_prompt=0.5)
         chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context, heads=1)
     s, K = dataclasses.replace(s, **chosen), len(data.concepts)
     if not args.init:
