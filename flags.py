@@ -26,18 +26,15 @@ import copy
 import ctypes
 import dataclasses
 import json
-import math
 import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -213,7 +210,7 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
         flag = flag_loss()
         (lm + s.weight * flag).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not math.isfinite(norm):
+        if not norm.isfinite():
             raise Stop(f"{name}, step {step}: the LM loss is {lm:.3g}, its gradient {norm:.3g}; "
                        "lower the learning rates (--set lr=... embedding_lr=...)")
         now = min((step + 1) / warm, (steps - step) / (steps - warm + 1))   # up, then down to 0
@@ -252,8 +249,8 @@ def held_out(run, model, rows=None):
     """LM loss and flag loss on held-out rows (the first few, if none are given), flags free."""
     rows = sorted(rows or run.test[:run.size.prompts], key=lambda r: len(r.prompt) + len(r.text))
     total = torch.zeros(3)
-    for i in range(0, len(rows), 128):
-        batch = D.pad(rows[i:i + 128]).to(run.device)
+    for i in told("measuring the loss, batch", range(0, len(rows), 32)):
+        batch = D.pad(rows[i:i + 32]).to(run.device)
         edit, flag_loss = install(run.flags, batch, p=0.0)
         lm, n = lm_loss(model, batch, edit), (batch.targets >= 0).sum()
         total += torch.stack([n * lm, n * flag_loss(), n]).cpu()
@@ -267,7 +264,7 @@ def train_together(jobs):
     if sys.platform == "linux" and jobs[0][0].device.type == "cpu" and threads > 1:
         for job in jobs:
             if os.fork() == 0:                                  # the child, which
-                ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: ends with us
+                ctypes.CDLL(None).prctl(1, 9)       # PR_SET_PDEATHSIG, SIGKILL: ends with us
                 torch.set_num_threads(1)                        # more would hang after a fork
                 try:
                     train(*job)
@@ -328,22 +325,20 @@ def hot(K, rows):
 def continue_texts(run, model, prompts, values=None, by=None):
     """Texts that the model writes behind prompts (strings). values (B, K) are what its flags are
     set to; None: they are free. by(ids, values) -> (ids, edit): another way than `steer`."""
-    texts, n, chance, begun = [], len(prompts), torch.Generator().manual_seed(run.seed), time.time()
-    for i in range(0, n, 256):
-        progress(f"writing texts: {i} of {n}", i and (time.time() - begun) * (n / i - 1))
-        ids, edit = [run.tok.prompt(text)[:run.size.context] for text in prompts[i:i + 256]], None
-        if values is not None:
-            some = values[i:i + len(ids)]
-            ids, edit = by(ids, some) if by else (ids, steer(run.flags, last(ids), some))
-        new = model.generate(ids, run.size.context, edit, 0.8, chance, run.tok.end)
-        texts += [run.tok.decode(text).strip() for text in new]
-    return texts
+    chance = torch.Generator().manual_seed(run.seed)
+    ids, edit = [run.tok.prompt(text)[:run.size.context] for text in prompts], None
+    if values is not None:
+        some = values[:len(ids)]
+        ids, edit = by(ids, some) if by else (ids, steer(run.flags, last(ids), some))
+    tokens = lambda steps: told(f"writing {len(ids)} texts, token", steps)
+    new = model.generate(ids, run.size.context, edit, 0.8, chance, run.tok.end, tokens)
+    return [run.tok.decode(text).strip() for text in new]
 
 
 def ask(run, model, name, n=None, by=None, texts=None):
     """A question's first n prompts: the texts that the model writes, and their rate."""
     prompts, values, score = run.asked[name]
-    texts = texts or continue_texts(run, model, prompts[:n], values, by)
+    texts = texts or prompts and continue_texts(run, model, prompts[:n], values, by)
     return texts, stat(score(text, i) for i, text in enumerate(run.judge(texts)))
 
 
@@ -381,8 +376,8 @@ def fluency(run, base, texts):
     pairs = [(text, real[b][i % len(real[b])]) for i, (text, b) in enumerate(zip(texts, flagged))
              if text and real[b]][:256]
     bare = [D.Example("", text, (), False) for pair in pairs for text in pair]
-    nll = [lm_loss(base, D.pad([row]).to(run.device)).item()
-           for row in D.encode(bare, run.tok, [], run.size.context)]
+    rows = told("measuring nll_gap, text", D.encode(bare, run.tok, [], run.size.context))
+    nll = [lm_loss(base, D.pad([row]).to(run.device)).item() for row in rows]
 
     def distinct2(texts):   # the share of pairs of words that are different
         words = [D.split_words(text) for text in texts]
@@ -396,7 +391,8 @@ def fluency(run, base, texts):
 def reading(run, model):
     """The model's own flags at the last token of held-out prompts, against the labels."""
     cued = [e for e in run.data.test if e.cued][:1024]
-    own = own_flags(model, run.flags, [run.tok.prompt(e.prompt) for e in cued]).cpu()
+    prompts = told("reading flags, prompt", [run.tok.prompt(e.prompt) for e in cued])
+    own = own_flags(model, run.flags, prompts).cpu()
     y = torch.tensor([[float(c in e.concepts) for c in run.data.concepts] for e in cued])
     each = [auc(own[:, i], y[:, i]) for i in range(y.size(1)) if 0 < y[:, i].sum() < len(y)]
     return {"auc": stat(each), "exact": stat(((own > 0.5) == (y > 0.5)).all(1).tolist())}
@@ -405,8 +401,7 @@ def reading(run, model):
 def auc(scores, labels):
     """Area under the ROC curve: how often a 1 scores above a 0; a tie counts half."""
     positive, negative = scores[labels > 0.5], scores[labels <= 0.5]
-    above = (positive[:, None] > negative).float() + 0.5 * (positive[:, None] == negative)
-    return above.mean().item()
+    return ((positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)).mean().item()
 
 
 # ---------------------------------------------------------------------------- a run
@@ -462,7 +457,7 @@ def prepare(args):
         file.unlink(missing_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text = zlib.crc32(repr((train, test)).encode())
-    return SimpleNamespace(
+    return argparse.Namespace(
         size=s, data=data, tok=tok, seed=args.seed, device=device, out=out, base=base.to(device),
         flags=Flags(s.layer, s.width - K, K), train=train, test=test[:12 * s.prompts],     # rows
         asked=asked, judge=judge, accuracy=accuracy,                        # on real held-out texts
@@ -560,6 +555,13 @@ def progress(line, left, end=False, shown=[0.0]):   # a terminal keeps no line b
         line += f"  ETA {left // 60:.0f}:{left % 60:02.0f}" if left or end else ""
         print("\r" + line[:width].ljust(width) if terminal else line, flush=True,
               end="" if terminal and not end else "\n")
+
+
+def told(what, items):      # the items, and a line of progress
+    begun = time.time()
+    for i, item in enumerate(items):
+        progress(f"{what} {i} of {len(items)}", i and (time.time() - begun) * (len(items) / i - 1))
+        yield item
 
 
 def draw(run, results):
@@ -686,8 +688,6 @@ def main(argv=None):
             steer_by_hand(args)
         else:
             main_job(prepare(args))
-    except BrokenPipeError:     # | head
-        os._exit(0)
     except (Stop, OSError) as stop:
         print(f"flags.py: {stop}", file=sys.stderr)
         return 2

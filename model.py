@@ -138,7 +138,8 @@ class LanguageModel(nn.Module):
     pad), and in what their `wte`, `blocks` and `config` are."""
 
     @torch.no_grad()
-    def generate(self, prompts, n, edit=None, temperature=0.8, generator=None, stop=None):
+    def generate(self, prompts, n, edit=None, temperature=0.8, generator=None, stop=None,
+                 told=iter):
         """Continue each prompt (a list of token ids; lengths may differ) by up to n tokens.
 
         Returns a list of lists of new ids; a row ends before its first `stop` token, or where the
@@ -156,7 +157,7 @@ class LanguageModel(nn.Module):
         idx = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
         cache, new = self.new_cache(longest + n, pad), []
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        for _ in range(n):
+        for _ in told(range(n)):        # told may say how far it is
             logits = self(idx, edit, cache, at=LAST)                            # (B, V)
             idx = sample(logits.float(), temperature, generator)                # (B, 1)
             new.append(idx)
@@ -275,7 +276,6 @@ def load_pretrained(path, context):
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer, logging
         logging.set_verbosity_error()
-        logging.disable_progress_bar()
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, **more)
         model.hf_quantizer = None       # else what came from a .gguf file can't be saved
