@@ -15,8 +15,8 @@ arXiv 2602.07828. The idea:
     stream      =====[block 1]=====[block 2]========[block 3]========[block 4]======> head, LM loss
     its slice   -----[       ]-----[       ]--f  y--[       ]--f  y--[       ]--f  y->
                                               |  ^             |  ^             |  ^
-    1. read: flag loss (f - y)^2  <-----------+--|-------------+--|-------------+  |
-    2. overwrite, in stage 2: y  ----------------+----------------+----------------+
+    read: flag loss (f - y)^2  <--------------+--|-------------+--|-------------+  |
+    then overwrite, in stage 2: y  --------------+----------------+----------------+
 
 `python flags.py --size small` does all of this, measures it against the base and a control that
 was finetuned by the LM loss alone, and draws. B, T, C, K, L: batch, time, channels, flags, layers.
@@ -66,7 +66,7 @@ class Size:
     layer: int = 2              # k: flags stand in the stream after this block and all later ones
     supply: float = 0.9         # p: the share of sequences whose flags are supplied in stage 2
     weight: float = 24.0        # lambda, of the flag loss
-    height: float = 6.0         # a raised flag, in RMS of the base's stream
+    height: float = 6.0         # a raised flag, in RMS (root mean square) of the base's stream
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind every rate
     track: int = 48             # held-out prompts behind every point of a trajectory
