@@ -10,7 +10,7 @@ arXiv 2602.07828. The idea:
   3. Stage 2, rely: the same, and in most sequences the slice is then overwritten with y. Now the
      concept stands reliably at a fixed place. The model comes to read it there.
   4. Now the flags are switches. Overwrite them and the text changes, even against the prompt;
-     blank them (all 0), and the texts do not follow the prompt, as without flags they would.
+     blank them (all 0), and the texts stop following the prompt.
 
     stream      =====[block 1]=====[block 2]========[block 3]========[block 4]======> head, LM loss
     its slice   -----[       ]-----[       ]--f  y--[       ]--f  y--[       ]--f  y->
@@ -123,7 +123,7 @@ def install(flags, batch, p):
     def edit(layer, x, pos):                            # x (B, T, C), after block `layer`
         if layer >= flags.layer:
             own = x[..., flags.slice]                   # read: a view of x, (B, T, K) ...
-            reads.append(own / flags.height)            # ... so keep a copy, then overwrite it
+            reads.append(own / flags.height)            # ... this is a copy; then overwrite it
             x[..., flags.slice] = torch.where(write, flags.height * y.to(x.dtype), own)
         return x    # again after each later block, since each may add something to the slice
 
@@ -193,11 +193,11 @@ def lm_loss(model, batch, edit=None):
 
 
 def train(run, name, model, steps, method=lambda step, batch: (None, lambda: torch.zeros(()))):
-    """Train for `steps` steps; method(step, batch) -> (edit, flag_loss), by default LM loss alone;
-    for the flags model it is  lambda step, batch: install(run.flags, batch, supply(s, step)).
-    Returns {"step", "log", "seconds", "tokens"}. All chance depends on the seed and the step alone,
-    so from the checkpoint run.out/name.pt a run that was stopped goes on to the same bits.
-    """
+    """Train for `steps` steps. run: the sizes, examples, flags and folder that `prepare` settles.
+    method(step, batch) -> (edit, flag_loss), by default LM loss alone; for the flags model it is
+    lambda step, batch: install(run.flags, batch, supply(s, step)). Returns {"step", "log",
+    "seconds", "tokens"}. All chance depends on the seed and the step alone, so from the checkpoint
+    run.out/name.pt a run that was stopped goes on to the same bits."""
     s, file = run.size, run.out / f"{name}.pt"
     opts = optimizers(model, s.lr, s.embedding_lr, s.decay)
     done = load_checkpoint(run, file, model, opts)
@@ -206,8 +206,8 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
         started = time.time()
         batch = D.batch(run.train, step, s.batch, run.seed, s.no_prompt).to(run.device)
         edit, flag_loss = method(step, batch)
-        lm = lm_loss(model, batch, edit)        # first: it reads the slice, and overwrites it
-        flag = flag_loss()
+        lm = lm_loss(model, batch, edit)        # on the way, edit reads and overwrites the slice
+        flag = flag_loss()                      # so this comes second
         (lm + s.weight * flag).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not norm.isfinite():
@@ -249,7 +249,7 @@ def held_out(run, model, rows=None):
     """LM loss and flag loss on held-out rows (the first few, if none are given), flags free."""
     rows = sorted(rows or run.test[:run.size.prompts], key=lambda r: len(r.prompt) + len(r.text))
     total = torch.zeros(3)
-    for i in told("measuring the loss, batch", range(0, len(rows), 32)):
+    for i in counted("measuring the loss, batch", range(0, len(rows), 32)):
         batch = D.pad(rows[i:i + 32]).to(run.device)
         edit, flag_loss = install(run.flags, batch, p=0.0)
         lm, n = lm_loss(model, batch, edit), (batch.targets >= 0).sum()
@@ -330,7 +330,7 @@ def continue_texts(run, model, prompts, values=None, by=None):
     if values is not None:
         some = values[:len(ids)]
         ids, edit = by(ids, some) if by else (ids, steer(run.flags, last(ids), some))
-    tokens = lambda steps: told(f"writing {len(ids)} texts, token", steps)
+    tokens = lambda steps: counted(f"writing {len(ids)} texts, token", steps)
     new = model.generate(ids, run.size.context, edit, 0.8, chance, run.tok.end, tokens)
     return [run.tok.decode(text).strip() for text in new]
 
@@ -376,7 +376,7 @@ def fluency(run, base, texts):
     pairs = [(text, real[b][i % len(real[b])]) for i, (text, b) in enumerate(zip(texts, flagged))
              if text and real[b]][:256]
     bare = [D.Example("", text, (), False) for pair in pairs for text in pair]
-    rows = told("measuring nll_gap, text", D.encode(bare, run.tok, [], run.size.context))
+    rows = counted("measuring nll_gap, text", D.encode(bare, run.tok, [], run.size.context))
     nll = [lm_loss(base, D.pad([row]).to(run.device)).item() for row in rows]
 
     def distinct2(texts):   # the share of pairs of words that are different
@@ -391,7 +391,7 @@ def fluency(run, base, texts):
 def reading(run, model):
     """The model's own flags at the last token of held-out prompts, against the labels."""
     cued = [e for e in run.data.test if e.cued][:1024]
-    prompts = told("reading flags, prompt", [run.tok.prompt(e.prompt) for e in cued])
+    prompts = counted("reading flags, prompt", [run.tok.prompt(e.prompt) for e in cued])
     own = own_flags(model, run.flags, prompts).cpu()
     y = torch.tensor([[float(c in e.concepts) for c in run.data.concepts] for e in cued])
     each = [auc(own[:, i], y[:, i]) for i in range(y.size(1)) if 0 < y[:, i].sum() < len(y)]
@@ -557,7 +557,7 @@ def progress(line, left, end=False, shown=[0.0]):   # a terminal keeps no line b
               end="" if terminal and not end else "\n")
 
 
-def told(what, items):      # the items, and a line of progress
+def counted(what, items):      # the items, and a line of progress
     begun = time.time()
     for i, item in enumerate(items):
         progress(f"{what} {i} of {len(items)}", i and (time.time() - begun) * (len(items) / i - 1))

@@ -139,7 +139,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, n, edit=None, temperature=0.8, generator=None, stop=None,
-                 told=iter):
+                 counted=iter):
         """Continue each prompt (a list of token ids; lengths may differ) by up to n tokens.
 
         Returns a list of lists of new ids; a row ends before its first `stop` token, or where the
@@ -157,7 +157,7 @@ class LanguageModel(nn.Module):
         idx = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
         cache, new = self.new_cache(longest + n, pad), []
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        for _ in told(range(n)):        # told may say how far it is
+        for _ in counted(range(n)):     # which may say how far it is
             logits = self(idx, edit, cache, at=LAST)                            # (B, V)
             idx = sample(logits.float(), temperature, generator)                # (B, 1)
             new.append(idx)
