@@ -142,9 +142,8 @@ class LanguageModel(nn.Module):
                  counted=iter):
         """Continue each prompt (a list of token ids; lengths may differ) by up to n tokens.
 
-        Returns a list of lists of new ids; a row ends before its first `stop` token, or where the
-        context ends. Temperature 0 takes the most likely token. `edit` sees absolute positions,
-        which are a row's own: its first token is at 0, whatever the others' lengths. Raises Stop.
+        Returns lists of new ids; a row ends before its first `stop` token, or where the context
+        ends. Temperature 0: the most likely token. `edit` sees a row's own positions. Raises Stop.
         """
         device, context = self.wte.weight.device, self.config.context
         longest = max(map(len, prompts))
@@ -276,6 +275,7 @@ def load_pretrained(path, context):
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer, logging
         logging.set_verbosity_error()
+        logging.disable_progress_bar()
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, **more)
         model.hf_quantizer = None       # else what came from a .gguf file can't be saved
