@@ -245,9 +245,9 @@ def real_data(name, concepts, items):
 END = "<|end|>"     # the one special token: it begins and ends every sequence
 
 # GPT-2's way to cut text into pieces: a word with the space before it, a number, a run of signs, a
-# run of white space. The limit of 32 keeps odd files fast.
-PIECES = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,32}| ?\p{N}{1,32}| ?[^\s\p{L}\p{N}]{1,32}"
-          r"|\s{1,32}(?!\S)|\s{1,32}")
+# run of white space. Limits, and 4 letters of scripts that write no spaces, keep `train_bpe` fast.
+PIECES = (r"'(?:[sdmt]|ll|ve|re)| ?[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]{1,4}| ?\p{L}{1,32}"
+          r"| ?\p{N}{1,32}| ?[^\s\p{L}\p{N}]{1,32}|\s{1,32}(?!\S)|\s{1,32}")
 
 
 @dataclass

@@ -466,9 +466,9 @@ def prepare(args):
                 zlib.crc32(p.detach().numpy()) for p in base.cpu().parameters()]})
 
 
-def out_folder(args):
-    """Where results go, and where --steer looks for them."""
-    parts = args.size, Path(args.init or "").stem, Path(args.data).stem.replace("stories", "")
+def out_folder(args):       # where results go, and where --steer looks for them
+    parts = [args.size, Path((args.init or "").removesuffix(".gguf")).name,
+             Path(args.data).stem.replace("stories", "")]
     return Path(args.out or "out/" + "-".join(filter(None, parts)))
 
 
