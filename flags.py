@@ -53,7 +53,7 @@ class Size:
     heads: int = 4
     width: int = 128            # C
     context: int = 128          # tokens
-    stories: int = 55_000       # that the grammar tells: `small` reads few of them twice
+    stories: int = 55_000       # that the grammar tells: finetuning `small` reads none twice
     vocab: int = 1008           # with 16 control tokens (lab.compare) a multiple of 64
     batch: int = 64             # sequences
     base: int = 200             # steps of the base model
@@ -96,7 +96,7 @@ class Flags:
     layer: int              # k, 1 ... L
     first: int              # flag i is channel first + i; in this file they are the last channels
     count: int              # K
-    height: float = 1.0     # what a 1 is in the stream: Size.height times its `loudness`; a 0 is 0
+    height: float = 1.0     # what a 1 is in the stream: Size.height times `loudness`; a 0 is 0
 
     @property
     def slice(self):
@@ -110,10 +110,10 @@ def install(flags, batch, p):
     reads the slice, then overwrites it in place, in x's dtype. flag_loss(), called after that, is
     the mean of (f - y)^2 over these blocks, all flags, and the flag positions of all sequences
     together; f is what was read, divided by height. Flag positions are those with a target (>= 0):
-    there the model is about to write, from the last token of the prompt on. p is the share of the
-    sequences whose flags are supplied, those whose batch.draw (B,), new at each step, is below p:
-    at their flag positions the slice becomes height * y. Through it no gradient of the LM loss
-    passes: what the model itself puts there is taught by the flag loss alone.
+    there the model is about to write, from the last token of the prompt on. A sequence is supplied
+    if its batch.draw (B,), uniform and new at each step, is below p: then at its flag positions the
+    slice becomes height * y. Through it no gradient of the LM loss passes: what the model itself
+    puts there is taught by the flag loss alone.
     """
     idx, targets, y, draw = batch                       # (B, T), (B, T), (B, K), (B,)
     on = (targets >= 0)[..., None]                      # (B, T, 1) flag positions
@@ -178,7 +178,7 @@ def supply(s, step):
 
 
 def loudness(run, base):
-    """The RMS of the base's stream where flags are to stand: a raised flag is s.height of these."""
+    """RMS of the base's stream after block k, at flag positions. A raised flag is s.height RMS."""
     batch = D.batch(run.train, 0, 16, run.seed).to(run.device)
     x = streams(base, batch.idx)[run.flags.layer - 1]
     return x[batch.targets >= 0].square().mean().sqrt().item()
@@ -213,7 +213,7 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
         if not norm.isfinite():
             raise Stop(f"{name}, step {step}: the LM loss is {lm:.3g}, its gradient {norm:.3g}; "
                        "lower the learning rates (--set lr=... embedding_lr=...)")
-        now = min((step + 1) / warm, (steps - step) / (steps - warm + 1))   # up, then down to 0
+        now = min((step + 1) / warm, (steps - step) / (steps - warm + 1))   # up, then down
         for opt, peak in zip(opts, (s.lr, s.embedding_lr)):
             opt.param_groups[0]["lr"] = peak * now
             opt.step()
