@@ -59,7 +59,7 @@ class Size:
     base: int = 200             # steps of the base model
     produce: int = 50           # steps of stage 1
     rely: int = 600             # steps of stage 2
-    free: int = 0               # the last steps of stage 2, in which no flags are supplied
+    wean: int = 0               # the last steps of stage 2, in which p is a third of `supply`
     lr: float = 0.01            # peak learning rate of the matrices ...
     embedding_lr: float = 0.03  # ... and of everything else
     decay: float = 0.3          # weight decay of the matrices
@@ -83,9 +83,9 @@ SIZES = {
 }
 REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, no_prompt=0.5,
                  prompts=1024, track=128)       # steps and decay: by the number of examples
-CHECKPOINT = dict(batch=16, base=0, produce=30, rely=100, free=0, lr=0.02, embedding_lr=0.0003,
+CHECKPOINT = dict(batch=16, base=0, produce=30, rely=100, wean=0, lr=0.02, embedding_lr=0.0003,
                   decay=0.0, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16, every=50)
-MAY_BE_0 = "seed base produce rely free lr embedding_lr decay supply weight no_prompt top".split()
+MAY_BE_0 = "seed base produce rely wean lr embedding_lr decay supply weight no_prompt top".split()
 
 
 # ---------------------------------------------------------------------------- the idea
@@ -173,8 +173,9 @@ def own_flags(model, flags, prompts):
 # ---------------------------------------------------------------------------- training
 
 def supply(s, step):
-    """p at each step: nothing in stage 1, nor in the last steps of stage 2 if s.free says so."""
-    return s.supply if s.produce <= step < s.produce + s.rely - s.free else 0.0
+    """p at each step: 0 in stage 1, s.supply in stage 2, a third of it in the last s.wean steps."""
+    p = s.supply / 3 if step >= s.produce + s.rely - s.wean else s.supply
+    return p if step >= s.produce else 0.0
 
 
 def loudness(run, base):
@@ -425,7 +426,7 @@ def prepare(args):
     if data.name != "stories":
         n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # 10 epochs
         s = dataclasses.replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10),
-                                rely=n, free=n // 5, decay=24 / n ** 0.5)
+                                rely=n, wean=n // 5, decay=24 / n ** 0.5)
     if args.init:
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
         L = base.config.n_layer
@@ -578,8 +579,7 @@ def draw(run, results):
         ax.text(steps[-1], label_at, f"  {label}", color=color, va="center")
     ax.axvline(run.size.produce, color="k", lw=1)
     ax.text(2 * run.size.produce, 0.5, "← stage 2 begins")
-    ax.set(xlabel="step of finetuning", ylabel="share of texts", xlim=(0, 1.25 * steps[-1]),
-           ylim=(-0.05, 1.05))
+    ax.set(xlabel="step", ylabel="share of texts", xlim=(0, 1.25 * steps[-1]), ylim=(-0.05, 1.05))
     fig.savefig(run.out / "erosion.png", dpi=120)
 
 
