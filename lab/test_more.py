@@ -5,7 +5,6 @@ What the method and its measurements are is tested in test_flags.py.
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from types import SimpleNamespace
