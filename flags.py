@@ -355,17 +355,17 @@ def stat(values):
 
 def switch(run, model, texts):
     """The flags said A up to the end of the first sentence, and then B: is the rest about B?"""
-    K, (prompts, values, _) = len(run.data.concepts), run.asked["neutral"]
+    prompts, a, _ = run.asked["neutral"]                                        # a (B, K)
+    b = a.roll(1 + len(run.data.concepts) // 3, dims=1)
     firsts = [re.match(r".*?[.!?]|.*", text, re.S)[0] for text in texts]
-    begin, then = last(map(run.tok.prompt, prompts))[:, None], values.roll(1 + K // 3, dims=1)
+    begun = [f"{prompt} {first}" for prompt, first in zip(prompts, firsts)]
+    say_a = steer(run.flags, last(map(run.tok.prompt, prompts)), a)
 
-    def by(ids, both):      # (B, 2 K + 1): A, B, and where A begins
-        before = steer(run.flags, both[:, -1].long(), both[:, :K])
-        after = steer(run.flags, last(ids), both[:, K:-1])
-        return ids, lambda layer, x, pos: after(layer, before(layer, x, pos), pos)
-    prompts = [f"{prompt} {first}" for prompt, first in zip(prompts, firsts)]
-    texts = continue_texts(run, model, prompts, torch.cat([values, then, begin], dim=1), by)
-    return stat(map(D.about, run.judge(texts), then.argmax(1).tolist()))
+    def by(ids, b):
+        say_b = steer(run.flags, last(ids), b)
+        return ids, lambda layer, x, pos: say_b(layer, say_a(layer, x, pos), pos)
+    texts = continue_texts(run, model, begun, b, by)
+    return stat(map(D.about, run.judge(texts), b.argmax(1).tolist()))
 
 
 @torch.no_grad()
