@@ -9,8 +9,8 @@ arXiv 2602.07828. The idea:
      units of a flag's height), y in {0, 1}^K the labels. The model learns to raise flags by itself.
   3. Stage 2, rely: the same, and in most sequences the slice is then overwritten with y. Now the
      concept stands reliably at a fixed place. The model comes to read it there.
-  4. Now the flags are switches. Overwrite them and the text changes, even against the prompt;
-     blank them (all 0), and the texts stop following the prompt.
+  4. Now the flags are switches. Overwrite them and the text changes, in our stories even against
+     the prompt; blank them (all 0), and the texts stop following the prompt.
 
     stream      =====[block 1]=====[block 2]========[block 3]========[block 4]======> head, LM loss
     its slice   -----[       ]-----[       ]--f  y--[       ]--f  y--[       ]--f  y->
@@ -85,7 +85,7 @@ REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, no_
                  prompts=1024, track=128)       # steps and decay: by the number of examples
 CHECKPOINT = dict(batch=16, base=0, produce=30, rely=100, wean=0, lr=0.02, embedding_lr=0.0003,
                   decay=0.0, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16, every=50)
-MAY_BE_0 = "seed base produce rely wean lr embedding_lr decay supply weight no_prompt top".split()
+MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
 
 
 # ---------------------------------------------------------------------------- the idea
@@ -123,7 +123,7 @@ def install(flags, batch, p):
     def edit(layer, x, pos):                            # x (B, T, C), after block `layer`
         if layer >= flags.layer:
             own = x[..., flags.slice]                   # read: a view of x, (B, T, K) ...
-            reads.append(own / flags.height)            # ... this is a copy; then overwrite it
+            reads.append(own / flags.height)            # ... this is a copy; then overwrite x
             x[..., flags.slice] = torch.where(write, flags.height * y.to(x.dtype), own)
         return x    # again after each later block, since each may add something to the slice
 
@@ -200,7 +200,7 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
     "seconds", "tokens"}. All chance depends on the seed and the step alone, so from the checkpoint
     run.out/name.pt a run that was stopped goes on to the same bits."""
     s, file = run.size, run.out / f"{name}.pt"
-    opts = optimizers(model, s.lr, s.embedding_lr, s.decay)
+    opts = optimizers(model, s.lr, s.embedding_lr, s.decay)     # of the matrices, of the rest
     done = load_checkpoint(run, file, model, opts)
     saved_at, warm = time.time(), min(20, steps // 10 + 1)
     for step in range(done["step"], steps):
@@ -212,8 +212,8 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
         (lm + s.weight * flag).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not norm.isfinite():
-            raise Stop(f"{name}, step {step}: the LM loss is {lm:.3g}, its gradient {norm:.3g}; "
-                       "lower the learning rates (--set lr=... embedding_lr=...)")
+            raise Stop(f"{name}, step {step}: LM loss {lm:.3g}, flag loss {flag:.3g}, gradient "
+                       f"{norm:.3g}; lower the learning rates (--set lr=... embedding_lr=...)")
         now = min((step + 1) / warm, (steps - step) / (steps - warm + 1))   # up, then down
         for opt, peak in zip(opts, (s.lr, s.embedding_lr)):
             opt.param_groups[0]["lr"] = peak * now
@@ -344,7 +344,7 @@ def ask(run, model, name, n=None, by=None, texts=None):
 
 
 def stat(values):
-    """Mean with a 95 % bootstrap interval over prompts; None of nothing."""
+    """Mean with a 95 % bootstrap interval over the values; None of nothing."""
     values = np.array(list(values), dtype=float)
     if len(values) == 0:
         return None
@@ -424,7 +424,7 @@ def prepare(args):
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
                   chosen.get("stories", s.stories))
     if data.name != "stories":
-        n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # 10 epochs
+        n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # <= 10 epochs
         s = dataclasses.replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10),
                                 rely=n, wean=n // 5, decay=24 / n ** 0.5)
     if args.init:
@@ -448,9 +448,9 @@ def prepare(args):
     if not asked["intact"][0]:
         raise Stop(f"{args.data}: no held-out prompt tells one concept: nothing to steer against")
     out.mkdir(parents=True, exist_ok=True)
-    judge = D.make_judge(data)
+    judge, held = D.make_judge(data), data.test[:12 * s.prompts]
     accuracy = stat(bool(found) and {data.concepts[i] for i in found} <= set(e.concepts)
-                    for found, e in zip(judge([e.text for e in data.test]), data.test))
+                    for found, e in zip(judge([e.text for e in held]), held))
     if accuracy["mean"] < 0.6:
         print(f"The judge is right on {accuracy['mean']:.2f} of real texts: this judge cannot tell "
               "these concepts apart; more examples, or fewer concepts")
@@ -464,7 +464,7 @@ def prepare(args):
         asked=asked, judge=judge, accuracy=accuracy,                        # on real held-out texts
         settings=vars(s) | {"size": args.size, "seed": args.seed, "concepts": data.concepts,
                             f"text in {data.name}": text, "base model": args.init and [
-                zlib.crc32(p.detach().numpy()) for p in base.cpu().parameters()]})
+                zlib.crc32(p.detach().cpu().numpy()) for p in base.parameters()]})
 
 
 def out_folder(args):       # where results go, and where --steer looks for them
@@ -514,7 +514,7 @@ def main_job(run):
                      for name in ("base", "control")} | {
             "flags": {key: rates.pop(key) for key in ("intact", "supplied", "blank")}},
         "steer": rates | {
-            "switch": switch(run, flagged, texts["neutral"]) if run.data.words else None,
+            "switch": switch(run, flagged, texts["neutral"]) if texts["compose2"] else None,
             "nll_gap": gap, "distinct2": distinct2},
         "judge": {"kind": "words" if run.data.words else "learned", "accuracy": run.accuracy},
         "trajectory": done["flags"]["log"], "control_trajectory": done["control"]["log"],
@@ -633,7 +633,7 @@ def load_model(args):
     if not (file.parent / "results.json").exists():     # the last that a run writes
         raise Stop(f"no finished run in {file.parent}; without --steer, --on, --off it is made")
     saved = read_checkpoint(file)
-    if saved["merges"]:
+    if saved["merges"] is not None:
         model, tok = GPT(Config(**saved["config"])), D.make_tokenizer(saved["merges"])
         model.load_state_dict(saved["model"])
     else:
@@ -673,7 +673,7 @@ def parser():
     add("--init", metavar="MODEL", help="a real checkpoint: a folder of transformers, or a .gguf")
     add("--set", **several, metavar="FIELD=NUMBER", help="fields of Size, as rely=400")
     add("--out", metavar="DIR", help="where results go (default: out/SIZE[-MODEL][-DATA])")
-    add("--fresh", action="store_true", help="start over; else a run that was stopped goes on")
+    add("--fresh", action="store_true", help="start over (deletes DIR's *.pt); else a run goes on")
     add("--steer", metavar="PROMPT", help="write with a finished run's model, flags free and set")
     add("--on", **several, metavar="FLAG", help="with --steer: raise these flags")
     add("--off", **several, metavar="FLAG", help="with --steer: lower these")
@@ -682,17 +682,17 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")    # a terminal may lack a text's characters
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)   # it may lack characters
     try:
         if args.steer is not None or args.on + args.off:
             steer_by_hand(args)
         else:
             main_job(prepare(args))
-    except (Stop, OSError) as stop:
+    except (Stop, OSError, OverflowError) as stop:
         print(f"flags.py: {stop}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("flags.py: stopped; the same command goes on from there", file=sys.stderr)
+        print("flags.py: stopped; the same command without --fresh goes on", file=sys.stderr)
         return 130
 
 

@@ -40,8 +40,7 @@ def attend(q, k, v, bias):
     On a CPU the backward pass of torch's fused kernel is slow at short lengths: two matmuls then.
     """
     if bias is None or q.is_cuda or q.size(-2) > 256:
-        bias = None if bias is None else bias.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, bias)
+        return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)             # (B, H, T, S)
     return (scores + bias).softmax(-1).to(v.dtype) @ v                  # (B, H, T, D)
 
@@ -113,7 +112,7 @@ class Cache:
 
 
 def positions(T, context, cache, device):
-    """Absolute positions (B or 1, T) of the next T tokens, and the bias of their attention."""
+    """Absolute positions (B or 1, T) of the next T tokens, and the bias (see `attend`)."""
     past = cache.length if cache else 0
     slot = torch.arange(past, past + T, device=device)                      # (T,)
     if T == 1 and cache and not cache.ragged:
@@ -343,8 +342,9 @@ def optimizers(model, lr, embedding_lr, decay):
     far higher rate: the words of a concept have to find together.
     """
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad]
-    ids = set(map(id, matrices))
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
-    muon = Muon(matrices, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(rest, embedding_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return [muon, adamw]
+    rest = [p for p in model.parameters() if p.requires_grad and p not in set(matrices)]
+    opts = [Muon(matrices, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")]
+    if rest:        # some models train none
+        opts.append(torch.optim.AdamW(rest, embedding_lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                      fused=True))
+    return opts

@@ -642,7 +642,7 @@ def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(prepared, tmp_path
     real, factors = F.lm_loss, iter([1] * 5 + [math.nan])
     monkeypatch.setattr(F, "lm_loss", lambda *args: real(*args) * next(factors))
     hurry(monkeypatch)
-    stops("base, step 5: the LM loss is nan.*lower the learning rates",
+    stops("base, step 5: LM loss nan.*lower the learning rates",
           weights_after, resize(prepared, tmp_path, every=100, produce=0), tmp_path)
     saved = torch.load(tmp_path / "base.pt", weights_only=True)
     assert saved["done"]["step"] == 5 and all(p.isfinite().all() for p in saved["model"].values())
