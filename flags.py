@@ -195,10 +195,9 @@ def lm_loss(model, batch, edit=None):
 
 def train(run, name, model, steps, method=lambda step, batch: (None, lambda: torch.zeros(()))):
     """Train for `steps` steps. run: the sizes, examples, flags and folder that `prepare` settles.
-    method(step, batch) -> (edit, flag_loss), by default LM loss alone; for the flags model it is
-    lambda step, batch: install(run.flags, batch, supply(s, step)). Returns {"step", "log",
-    "seconds", "tokens"}. All chance depends on the seed and the step alone, so from the checkpoint
-    run.out/name.pt a run that was stopped goes on to the same bits."""
+    method(step, batch) -> (edit, flag_loss): by default LM loss alone; `train_all` has the flags
+    model's. All chance depends on seed and step: a run that was stopped goes on from
+    run.out/name.pt, on a CPU to the same bits. Returns {"step", "log", "seconds", "tokens"}."""
     s, file = run.size, run.out / f"{name}.pt"
     opts = optimizers(model, s.lr, s.embedding_lr, s.decay)     # of the matrices, of the rest
     done = load_checkpoint(run, file, model, opts)
@@ -381,8 +380,7 @@ def fluency(run, base, texts):
     nll = [lm_loss(base, D.pad([row]).to(run.device)).item() for row in rows]
 
     def distinct2(texts):   # the share of pairs of words that are different
-        words = [D.split_words(text) for text in texts]
-        bigrams = [pair for text in words for pair in zip(text, text[1:])]
+        bigrams = [pair for words in map(D.split_words, texts) for pair in zip(words, words[1:])]
         return len(set(bigrams)) / max(1, len(bigrams))
     ours, theirs = (distinct2(texts) for texts in zip(*pairs)) if pairs else (0, 0)
     ratio = {"mean": ours / (theirs or 1), "low": None, "high": None, "n": len(pairs)}
@@ -443,7 +441,8 @@ def prepare(args):
     if not 1 <= s.layer <= s.layers or not 2 <= K <= s.width or s.width % s.heads:
         raise Stop(f"no room for {K} flags: block {s.layer} of {s.layers}, width {s.width}, "
                    f"{s.heads} heads")
-    train, test = (D.encode(e, tok, data.concepts, s.context) for e in (data.train, data.test))
+    train, test = (D.encode(counted("encoding, text", examples), tok, data.concepts, s.context)
+                   for examples in (data.train, data.test))
     asked = questions(data, s.prompts, args.seed)
     if not asked["intact"][0]:
         raise Stop(f"{args.data}: no held-out prompt tells one concept: nothing to steer against")
@@ -477,7 +476,8 @@ def train_all(run):
     """The base, the control and the flags model, and what was done for each."""
     s, base, steps = run.size, run.base, run.size.produce + run.size.rely
     print(f"{sum(p.numel() for p in base.parameters()):,} parameters on {run.device}, "
-          f"{len(run.train):,} training examples of {run.data.name}, results in {run.out}")
+          f"{len(run.train):,} examples of {run.data.name}. Base {s.base} steps, then control and "
+          f"flags model {steps} each, of {s.batch} texts. Results go to {run.out}")
     done = {"base": train(run, "base", base, s.base)}
     run.flags.height = s.height * loudness(run, base)
     if s.top:
@@ -554,8 +554,8 @@ def progress(line, left, end=False, shown=[0.0]):   # a terminal keeps no line b
     if end or time.time() - shown[0] > (0.5 if terminal else 5):
         shown[0], width = time.time(), shutil.get_terminal_size().columns - 1
         line += f"  ETA {left // 60:.0f}:{left % 60:02.0f}" if left or end else ""
-        print("\r" + line[:width].ljust(width) if terminal else line, flush=True,
-              end="" if terminal and not end else "\n")
+        print(line[:width].ljust(width) if terminal else line, flush=True,
+              end="\r" if terminal and not end else "\n")
 
 
 def counted(what, items):      # the items, and a line of progress

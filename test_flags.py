@@ -893,4 +893,4 @@ def test_ctrl_c_is_one_line(quick, monkeypatch, capsys):
         assert F.main(["--out", str(quick), *QUICK]) == 130
     finally:
         signal.signal(signal.SIGINT, handler)
-    one_line(capsys, "stopped; the same command goes on")
+    one_line(capsys, "stopped; the same command without --fresh goes on")

@@ -140,9 +140,9 @@ def test_the_progress_line_fits(monkeypatch, capsys):
     for width in (20, 80):
         monkeypatch.setenv("COLUMNS", str(width))
         F.progress("x" * 300, 61.0, shown=[0.0])
-        assert capsys.readouterr().out == "\r" + "x" * (width - 1)
+        assert capsys.readouterr().out == "x" * (width - 1) + "\r"
     F.progress("short", 61.0, end=True)
-    assert capsys.readouterr().out.rstrip(" \n") == "\rshort  ETA 1:01"
+    assert capsys.readouterr().out.rstrip(" \n") == "short  ETA 1:01"
     monkeypatch.setenv("TERM", "dumb")
     F.progress("plain", 61.0, shown=[0.0])
     assert capsys.readouterr().out == "plain  ETA 1:01\n"

@@ -53,7 +53,7 @@ def main(p, job):
         print(f"{p.prog}: {stop}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{p.prog}: stopped; the same command goes on", file=sys.stderr)
+        print(f"{p.prog}: stopped; the same command without --fresh goes on", file=sys.stderr)
         sys.exit(130)
 
 
