@@ -53,7 +53,7 @@ class Size:
     heads: int = 4
     width: int = 128            # C
     context: int = 128          # tokens
-    stories: int = 55_000       # that the grammar tells: finetuning `small` reads none twice
+    stories: int = 55_000       # of the grammar, 41,600 of them for finetuning `small`
     vocab: int = 1008           # with 16 control tokens (lab.compare) a multiple of 64
     batch: int = 64             # sequences
     base: int = 200             # steps of the base model
@@ -122,8 +122,8 @@ def install(flags, batch, p):
 
     def edit(layer, x, pos):                            # x (B, T, C), after block `layer`
         if layer >= flags.layer:
-            own = x[..., flags.slice]                   # read: a view of x, (B, T, K) ...
-            reads.append(own / flags.height)            # ... this is a copy; then overwrite x
+            own = x[..., flags.slice]                   # read: a view of x, (B, T, K)
+            reads.append(own / flags.height)            # a copy, kept for the loss; then overwrite
             x[..., flags.slice] = torch.where(write, flags.height * y.to(x.dtype), own)
         return x    # again after each later block, since each may add something to the slice
 
@@ -195,8 +195,8 @@ def lm_loss(model, batch, edit=None):
 
 def train(run, name, model, steps, method=lambda step, batch: (None, lambda: torch.zeros(()))):
     """Train for `steps` steps. run: the sizes, examples, flags and folder that `prepare` settles.
-    method(step, batch) -> (edit, flag_loss): by default LM loss alone; `train_all` has the flags
-    model's. All chance depends on seed and step: a run that was stopped goes on from
+    method(step, batch) -> (edit, flag_loss): by default LM loss alone; `train_all` hands over
+    the flags model's. All chance depends on seed and step: a run that was stopped goes on from
     run.out/name.pt, on a CPU to the same bits. Returns {"step", "log", "seconds", "tokens"}."""
     s, file = run.size, run.out / f"{name}.pt"
     opts = optimizers(model, s.lr, s.embedding_lr, s.decay)     # of the matrices, of the rest
