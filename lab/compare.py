@@ -172,25 +172,26 @@ def draw(run, arms, curves):
     """Conflict against fluency: a point for each arm with its name, a line over strengths."""
     from matplotlib.figure import Figure
     place = lambda figures: [figures[key]["mean"] for key in ("nll_gap", "conflict")]
-    fig = Figure((8, 5), layout="constrained")
+    fig, ends = Figure((8, 5), layout="constrained"), {}
     ax = fig.subplots()
     for name, curve in curves.items():
         points = [(a, *place(figures)) for a, figures in curve.items() if figures["nll_gap"]]
-        ax.plot([x for _, x, _ in points], [y for *_, y in points], "-",
-                color="0.6", lw=1, zorder=1)
-        for a, x, y in points:
-            ax.annotate(f"{a:g}", (x, y), fontsize=7, color="0.5",
-                        xytext=(2, 3), textcoords="offset points")
+        ax.plot([x for _, x, _ in points], [y for *_, y in points], color="0.6", lw=1, zorder=1)
+        ends[name] = max((x for _, x, _ in points), default=0)
+        for (a, x, y), (_, *after) in zip(points, [*points[1:], (0, 99, 99)]):
+            if abs(x - after[0]) + abs(y - after[1]) > 0.1:     # else it would hide the next
+                ax.annotate(f"{a:g}", (x, y), fontsize=7, color="0.5",
+                            xytext=(3, -9), textcoords="offset points")
     points = sorted((place(figures)[::-1], name) for name, figures in arms.items()
                     if figures["nll_gap"])
     last = {}       # left and right: labels one above the other where the points are one
     for (y, x), name in points:
         height = last[x > 2] = max(y, last.get(x > 2, -np.inf) + 0.05)
         ax.plot(x, y, "o", alpha=0.7)
-        ax.annotate(name, (x, y), xytext=(x + 0.12, height), fontsize=9, va="center")
+        ax.annotate(name, (x, y), xytext=(ends.get(name, x) + 0.1, height), fontsize=9, va="center")
     ax.set(xlabel="nll_gap: how much less likely than real text (nats per token)",
-           ylabel="conflict: the text follows the flags", ylim=(-0.05, 1.1), xmargin=0.15,
-           title="steering against the prompt")
+           ylabel="conflict: the text follows the flags", ylim=(-0.07, 1.1),
+           xlim=(-0.3, 1.35 * max(ends.values(), default=1)), title="steering against the prompt")
     fig.savefig(run.out / "compare.png", dpi=120)
     print(f"Wrote {run.out / 'compare.png'}")
 
