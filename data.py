@@ -32,7 +32,7 @@ class Stop(ValueError):
 
 class Example(NamedTuple):
     prompt: str                 # what the model is given (may be empty)
-    text: str                   # what it shall write
+    text: str                   # what it must write
     concepts: tuple[str, ...]   # what the text is about
     cued: bool                  # whether the prompt tells the concepts
     line: int = 0               # where it stands in a file
@@ -210,7 +210,7 @@ def load_jsonl(path, most):
         if not all(any(concept in e.concepts for e in part) for part in (data.train, data.judge)):
             prompts, texts = (len({item[i] for item in items}) for i in (0, 1))
             raise Stop(f"{path}: too few examples of {concept!r} to train a model and a judge. "
-                       f"Equal prompts or texts go to one of these, and of {number} lines "
+                       f"Equal prompts or texts stay together, and of {number} lines "
                        f"{prompts} prompts and {texts} texts differ: write more that do")
     return data
 
@@ -361,7 +361,7 @@ def batch(rows, step, size, seed, no_prompt=0.0):
     rng = np.random.default_rng([seed, epoch])
     order, bare = rng.permutation(len(rows))[:per_epoch * size], rng.random(len(rows)) < no_prompt
     chunk, i = divmod(rng.permutation(per_epoch)[i], 32)    # sort within 32 batches, not all:
-    order = order[chunk * 32 * size:(chunk + 1) * 32 * size]    # company should change
+    order = order[chunk * 32 * size:(chunk + 1) * 32 * size]    # neighbours vary
     chosen = [rows[j]._replace(prompt=rows[j].prompt[:1]) if bare[j] else rows[j] for j in order]
     chosen.sort(key=lambda row: len(row.prompt) + len(row.text))
     padded = pad(chosen[i * size:(i + 1) * size])
@@ -389,10 +389,10 @@ def pad(rows):
 
 # ---------------------------------------------------------------------------- judges
 
-def make_judge(data):
+def make_judge(data, counted=lambda what, items: items):
     """judge(texts): the concepts (a list of their numbers) that each text is about."""
     if not data.words:
-        return learned_judge(data.judge, data.concepts)
+        return learned_judge(data.judge, data.concepts, counted)
     return lambda texts: [list(map(data.concepts.index, content(t, data.words))) for t in texts]
 
 
@@ -420,7 +420,7 @@ def grams(text):
     return dict.fromkeys([*words, *map(" ".join, zip(words, words[1:])), *inside])
 
 
-def learned_judge(examples, concepts):
+def learned_judge(examples, concepts, counted=lambda what, items: items):
     """Logistic regression on tf-idf of grams. Every concept weighs the same, however rare, since
     flags are set evenly. `examples` are a split of their own, which no model here ever saw."""
     seen = Counter(gram for example in examples for gram in grams(example.text))
@@ -440,7 +440,7 @@ def learned_judge(examples, concepts):
     x = bags([example.text for example in examples])
     y = torch.tensor([[float(concept in e.concepts) for concept in concepts] for e in examples])
     weight, opt = y.sum() / y.sum(0) / len(concepts), torch.optim.Adam([w], lr=0.1)
-    for _ in range(100):
+    for _ in counted("training the judge, step", range(100)):
         loss = F.cross_entropy(score(*x), y / y.sum(1, keepdim=True), weight)
         (loss + 1e-5 * w.square().sum()).backward()
         opt.step()

@@ -123,7 +123,7 @@ def install(flags, batch, p):
     def edit(layer, x, pos):                            # x (B, T, C), after block `layer`
         if layer >= flags.layer:
             own = x[..., flags.slice]                   # read: a view of x, (B, T, K)
-            reads.append(own / flags.height)            # a copy, kept for the loss; then overwrite
+            reads.append(own / flags.height)            # a copy, for the loss: own changes next
             x[..., flags.slice] = torch.where(write, flags.height * y.to(x.dtype), own)
         return x    # again after each later block, since each may add something to the slice
 
@@ -156,11 +156,10 @@ def streams(model, idx, edit=None):
     seen = []
 
     def spy(layer, x, pos):
-        x = edit(layer, x, pos) if edit else x
-        seen.append(x.float())
-        return x
+        seen.append(edit(layer, x, pos) if edit else x)
+        return seen[-1]
     model(idx, spy, at=LAST)    # the logits are not needed
-    return seen
+    return [x.float() for x in seen]
 
 
 def own_flags(model, flags, prompts):
@@ -196,7 +195,7 @@ def lm_loss(model, batch, edit=None):
 def train(run, name, model, steps, method=lambda step, batch: (None, lambda: torch.zeros(()))):
     """Train for `steps` steps. run: the sizes, examples, flags and folder that `prepare` settles.
     method(step, batch) -> (edit, flag_loss): by default LM loss alone; `train_all` hands over
-    the flags model's. All chance depends on seed and step: a run that was stopped goes on from
+    the flags model's. Chance depends on seed and step: a run that was stopped goes on from
     run.out/name.pt, on a CPU to the same bits. Returns {"step", "log", "seconds", "tokens"}."""
     s, file = run.size, run.out / f"{name}.pt"
     opts = optimizers(model, s.lr, s.embedding_lr, s.decay)     # of the matrices, of the rest
@@ -246,7 +245,7 @@ def look(run, name, model, step):
 
 @torch.no_grad()
 def held_out(run, model, rows=None):
-    """LM loss and flag loss on held-out rows (the first few, if none are given), flags free."""
+    """LM loss and flag loss on held-out rows (the first, if none are given), flags free."""
     rows = sorted(rows or run.test[:run.size.prompts], key=lambda r: len(r.prompt) + len(r.text))
     total = torch.zeros(3)
     for i in counted("measuring the loss, batch", range(0, len(rows), 32)):
@@ -447,7 +446,7 @@ def prepare(args):
     if not asked["intact"][0]:
         raise Stop(f"{args.data}: no held-out prompt tells one concept: nothing to steer against")
     out.mkdir(parents=True, exist_ok=True)
-    judge, held = D.make_judge(data), data.test[:12 * s.prompts]
+    judge, held = D.make_judge(data, counted), data.test[:12 * s.prompts]
     accuracy = stat(bool(found) and {data.concepts[i] for i in found} <= set(e.concepts)
                     for found, e in zip(judge([e.text for e in held]), held))
     if accuracy["mean"] < 0.6:
@@ -467,8 +466,8 @@ def prepare(args):
 
 
 def out_folder(args):       # where results go, and where --steer looks for them
-    parts = [args.size, Path((args.init or "").removesuffix(".gguf")).name,
-             Path(args.data).stem.replace("stories", "")]
+    parts = [args.size, args.init and Path(args.init).absolute().name.removesuffix(".gguf"),
+             Path(args.data).stem * (args.data != "stories")]
     return Path(args.out or "out/" + "-".join(filter(None, parts)))
 
 
@@ -477,8 +476,9 @@ def train_all(run):
     s, base, steps = run.size, run.base, run.size.produce + run.size.rely
     print(f"{sum(p.numel() for p in base.parameters()):,} parameters on {run.device}, "
           f"{len(run.train):,} examples of {run.data.name}. Base {s.base} steps, then control and "
-          f"flags model {steps} each, of {s.batch} texts. Results go to {run.out}")
-    done = {"base": train(run, "base", base, s.base)}
+          f"flags model {steps} each, of {s.batch} texts. Results go to {run.out}"
+          + any(run.out.glob("*.pt")) * ": goes on from its *.pt files (--fresh starts over)")
+    done = {"base": train(run, "base", base.requires_grad_(True), s.base)}
     run.flags.height = s.height * loudness(run, base)
     if s.top:
         base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
@@ -498,7 +498,7 @@ def main_job(run):
     for name in run.asked:
         texts[name], rates[name] = ask(run, flagged, name, texts=texts.get(same.get(name)))
     gap, distinct2 = fluency(run, base, texts["conflict"])
-    git = f"git -C '{Path(__file__).parent}' log -1 --format=%h -- flags.py model.py data.py"
+    git = f'git -C "{Path(__file__).parent}" log -1 --format=%h -- flags.py model.py data.py'
     prompts, b = run.asked["conflict"][0], run.asked["conflict"][1].argmax(1).tolist()
     results = {
         "size": run.settings["size"], "data": run.data.name, "seed": run.seed,
@@ -506,8 +506,7 @@ def main_job(run):
         "commit": subprocess.getoutput(f"{git} 2> /dev/null") or None,
         "parameters": sum(p.numel() for p in base.parameters()),
         "seconds": {name: did["seconds"] for name, did in done.items()},
-        "tokens_per_second": {name: did["tokens"] / (did["seconds"] or 1)
-                              for name, did in done.items()},
+        "tokens_per_second": {m: did["tokens"] / (did["seconds"] or 1) for m, did in done.items()},
         "loss": {name: held_out(run, model, run.test)[0] for name, model in models.items()},
         "read": reading(run, flagged),
         "reliance": {name: {key: ask(run, models[name], key)[1] for key in ("intact", "blank")}
@@ -549,7 +548,7 @@ def show(results):
         print(f"\n  {sample['prompt']}  [flags: {''.join(sample['flags'])}]\n    {sample['text']}")
 
 
-def progress(line, left, end=False, shown=[0.0]):   # a terminal keeps no line but an `end`
+def progress(line, left, end=False, shown=[0.0]):   # a terminal keeps `end` lines alone
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     if end or time.time() - shown[0] > (0.5 if terminal else 5):
         shown[0], width = time.time(), shutil.get_terminal_size().columns - 1
@@ -575,7 +574,7 @@ def draw(run, results):
              for key, color in list(zip(RATES, ("C2", "C3", "C0")))[:2 if who else 3]]
     for y, label, color, style in sorted(lines, key=lambda line: -line[0][-1]):
         ax.plot(steps, y, color + style)
-        label_at = min(y[-1], label_at - 0.06)      # apart from the one above
+        label_at = min(y[-1], label_at - 0.06)      # clear of the one above
         ax.text(steps[-1], label_at, f"  {label}", color=color, va="center")
     ax.axvline(run.size.produce, color="k", lw=1)
     ax.text(2 * run.size.produce, 0.5, "← stage 2 begins")
@@ -606,7 +605,7 @@ def read_checkpoint(file, settings={}):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         other = [key for key, value in settings.items() if saved["settings"].get(key) != value]
         saved["model"], saved["merges"]
-    except Exception as error:      # whatever a broken file makes of its reader
+    except Exception as error:      # whatever reading a broken file raises
         raise Stop(f"{file} is no whole checkpoint ({type(error).__name__}); --fresh starts over")
     if other:
         raise Stop(f"{file} was made with another {', another '.join(other)}; "
@@ -621,8 +620,9 @@ def write(file, save):
         save(beside)
         os.replace(beside, file)
     except (OSError, RuntimeError) as error:        # torch hides the one in the other
-        beside.unlink(missing_ok=True)
         raise Stop(f"{file} can't be written: {error.__context__ or error}; the old one is whole")
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -630,8 +630,8 @@ def write(file, save):
 def load_model(args):
     """A finished run's model, tokenizer, concepts and flags."""
     file = out_folder(args) / "flags.pt"
-    if not (file.parent / "results.json").exists():     # the last that a run writes
-        raise Stop(f"no finished run in {file.parent}; without --steer, --on, --off it is made")
+    if not (file.parent / "results.json").exists():     # written after all models
+        raise Stop(f"no finished run in {file.parent}; without --steer, --on, --off: make one")
     saved = read_checkpoint(file)
     if saved["merges"] is not None:
         model, tok = GPT(Config(**saved["config"])), D.make_tokenizer(saved["merges"])
@@ -657,7 +657,7 @@ def steer_by_hand(args):
     for title, edit in (("free", None), (f"set: {raised}", set_to)):
         print(f"flags {title}")
         for text in model.generate([ids] * 3, model.config.context, edit, stop=tok.end,
-                                   generator=torch.Generator().manual_seed(args.seed)):
+                                   generator=torch.Generator().manual_seed(args.seed % 2 ** 32)):
             print("  " + tok.decode(text).strip(), flush=True)
 
 
@@ -688,7 +688,7 @@ def main(argv=None):
             steer_by_hand(args)
         else:
             main_job(prepare(args))
-    except (Stop, OSError, OverflowError) as stop:
+    except (Stop, OSError, torch.OutOfMemoryError) as stop:
         print(f"flags.py: {stop}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -36,7 +36,7 @@ class Config:
 def attend(q, k, v, bias):
     """Attention of queries q (B, H, T, D) over keys and values k, v (B, H, S, D).
 
-    bias (T, S) or (B, 1, T, S) is 0 or, where a query must not look, -inf; None: it may anywhere.
+    bias (T, S) or (B, 1, T, S) is 0 or, where a query must not look, -inf; None: all is seen.
     On a CPU the backward pass of torch's fused kernel is slow at short lengths: two matmuls then.
     """
     if bias is None or q.is_cuda or q.size(-2) > 256:
@@ -146,9 +146,8 @@ class LanguageModel(nn.Module):
         """
         device, context = self.wte.weight.device, self.config.context
         longest = max(map(len, prompts))
-        if min(map(len, prompts)) == 0 or longest > context:
-            raise Stop(f"a prompt has {longest if all(prompts) else 0} tokens; "
-                       f"this model takes 1 to {context}")
+        if not all(prompts) or longest > context:
+            raise Stop(f"a prompt takes 1 to {context} tokens, not {longest * all(prompts)}")
         room = [context - len(prompt) + 1 for prompt in prompts]    # each row's own: what a longer
         n = min(n, max(room))                                       # row writes beyond it is cut
         pad = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
@@ -269,6 +268,7 @@ class Pretrained(LanguageModel):
 def load_pretrained(path, context):
     """A Pretrained, in float32, of at most `context` positions, and its Tokenizer. Raises Stop."""
     path, more = Path(path), {"local_files_only": True}
+    path.stat()     # a FileNotFoundError says which
     if path.suffix == ".gguf":
         path, more["gguf_file"] = path.parent, path.name
     try:
@@ -339,7 +339,7 @@ def optimizers(model, lr, embedding_lr, decay):
     """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for embeddings and norms.
 
     On the stories Muon needs less than half of AdamW's steps to the same loss. Embeddings want a
-    far higher rate: the words of a concept have to find together.
+    far higher rate: the words of a concept must come together.
     """
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad]
     rest = [p for p in model.parameters() if p.requires_grad and p not in set(matrices)]

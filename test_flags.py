@@ -231,8 +231,8 @@ def prepare(*more):
 def prepared(tmp_path_factory):
     """A run of --size tiny, with all sixteen concepts and short texts, before its training."""
     out = tmp_path_factory.mktemp("prepared")
-    return prepare("--out", out, "--set", "flags=16", "context=48", "prompts=32", "track=8",
-                   "base=12", "produce=2", "rely=10", "lr=0.015")
+    return prepare("--out", out, "--set", "flags=16", "context=48", "stories=8000", "prompts=32",
+                   "track=8", "base=12", "produce=2", "rely=10", "lr=0.015")
 
 
 def example(prompt, text, *concepts):
@@ -669,6 +669,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     file = tmp_path / "x.pt"
     F.write(file, lambda path: path.write_bytes(b"old"))
     stops("x.pt can't be written: .*No space left", F.write, file, full)
+    with pytest.raises(KeyboardInterrupt):
+        F.write(file, lambda path: path.write_bytes(b"half") and signal.raise_signal(signal.SIGINT))
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x.pt", b"old")]
 
 
@@ -687,7 +689,7 @@ def forks():
 def finished(tmp_path_factory, forks):
     """A whole `--size tiny` run, shorter and half as much measured: its results and models."""
     run = prepare("--out", tmp_path_factory.mktemp("finished"), "--set", "base=120", "rely=150",
-                  "prompts=64", "track=8")
+                  "context=64", "stories=10000", "prompts=64", "track=8", "every=1000")
     F.main_job(run)
     models, _ = F.train_all(run)
     results = json.loads((run.out / "results.json").read_text())
@@ -784,18 +786,20 @@ def checkpoints(out):
     return {file.name: file.read_bytes() for file in out.glob("*.pt")}
 
 
-def test_the_same_command_again_only_measures_and_fresh_starts_over(quick, tmp_path):
+def test_the_same_command_again_only_measures_and_fresh_starts_over(quick, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(quick, out)
     (out / "results.json").unlink()
     command = ["--out", str(out), *QUICK]
     assert F.main(command) is None
+    assert f"go to {out}: goes on from its *.pt" in capsys.readouterr().out
     assert checkpoints(out).keys() == {"base.pt", "control.pt", "flags.pt"}
     assert checkpoints(out) == checkpoints(quick) and results(out) == results(quick)
     assert F.main([*command, "--seed", "1"]) == F.main([*command, "x=1", "--fresh"]) == 2
     assert checkpoints(out) == checkpoints(quick)
     assert F.main([*command, "rely=9", "--seed", "1", "--fresh"]) is None
     assert results(out) != results(quick) and not list(out.glob("*.tmp"))
+    assert "goes on" not in capsys.readouterr().out
 
 
 def test_killed_for_real_the_same_command_goes_on_to_the_same_files(quick, tmp_path):
@@ -851,7 +855,7 @@ def test_flags_that_nobody_switches_stay_as_the_model_raises_them(quick, capsys,
 @pytest.mark.parametrize("more, message", [
     (["--steer", "x", "--on", "dragons"], "different names of sea, snow, farm, space"),
     (["--steer", "x", "--on", "sea", "--off", "sea"], "different names"),
-    (["--steer", "word " * 200], "prompt has .* tokens; this model takes .*48")])
+    (["--steer", "word " * 200], "prompt takes 1 to 48 tokens, not 60")])
 def test_bad_steering(quick, tmp_path, capsys, more, message):
     assert steer(quick, *more) == 2
     one_line(capsys, message)

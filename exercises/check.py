@@ -102,6 +102,7 @@ def install_write(F, D):
 
 
 def install_loss(F, D):
+    yield from install_write(F, D)
     flags, batch, on, y, xs = setting(F, D)
     error = lambda x: ((x[..., 13:] / H - y[:, None]) ** 2)[on].mean()
     for p, draw in ((0.0, [0.] * 3), (1.0, [.1] * 3), (0.5, [.4, .6, .6]), (0.0, [0.] * 3)):
@@ -174,7 +175,7 @@ def means(compare, F, D):
                           seed=0, flags=F.Flags(2, 4, 2))
     stream = lambda idx: x[:2] if idx.equal(batches[0].idx) else x[2:]
     streams = lambda model, idx, edit=None: [scale * stream(idx) for scale in (-1, 1, 2)]
-    with (mock.patch.object(D, "batch", lambda rows, step, *more: batches[step]),
+    with (mock.patch.object(D, "batch", lambda rows, step, *more, **named: batches[step]),
           mock.patch.object(F, "streams", streams)):
         found = compare.means(run, SimpleNamespace(config=SimpleNamespace(n_embd=6)), batches=2)
     a = torch.cat([x[0, 1:4], x[2, 4:]]).mean(0)
@@ -203,7 +204,7 @@ def ridge(probe):
         wanted = b @ torch.linalg.solve(gram, a.T @ y.double())
         yield (torch.allclose(found.double(), wanted, atol=1e-4, rtol=1e-3),
                "standardise BOTH by the mean and std of x, add a column of ones, solve "
-               f"(X'X + penalty I) W = X'y{hint}")
+               f"(X'X + penalty I) W = X'y{hint}; x.std(0) divides by N - 1")
 
 
 def route(compare, F, D):
@@ -218,8 +219,9 @@ def route(compare, F, D):
             data=SimpleNamespace(concepts=["sea", "farm", "ice"], words=words),
             size=SimpleNamespace(layers=4, width=C))
         x = torch.randn(1, 6, C, requires_grad=True)
-        z = compare.route(run)(0, batch)[0](layer, x, None)
-        (z.sum() + 0 * x.sum()).backward()
+        edit, flag_loss = compare.route(run)(0, batch)
+        z = edit(layer, x, None)
+        (z.sum() + flag_loss() + 0 * x.sum()).backward()
         return torch.equal(z, x), x.grad[0]
     words = {"crab": "sea", "cow": "farm", "ice": "ice"}
     full, wanted, text = torch.ones(3, 6, C)
@@ -241,7 +243,7 @@ def route(compare, F, D):
     yield same(grad(None, 2)[1], text), "no list of words: all text positions, all flags with y = 1"
 
 
-def cache_and_bpe(model, D):
+def cache(model):
     c, seen = model.Cache(2, 8, torch.zeros(1, dtype=torch.int64)), [[], []]
     for T in (3, 1, 2):
         for layer in (0, 1):
@@ -256,6 +258,8 @@ def cache_and_bpe(model, D):
     yield (c.length == 6 and c.kv[0][0].size(2) == 8,
            "one buffer of `size` positions for each layer, filled: no torch.cat")
 
+
+def bpe(D):
     def made(texts, n):
         tok = D.train_bpe(texts, 257 + n)
         return [tok.decode([256 + i]) for i in range(tok.n_vocab - 257)]
@@ -285,9 +289,14 @@ def compose(name="you", folders=()):
     seeds = [zlib.crc32(f"{name} {i}".encode()) % 9000 + 1000 for i in range(3)]
     yield (len(folders) == 3, f"run your schedule with the seeds {seeds}, made of your name, once "
            "each, and give the three folders: check.py 11 --name NAME out/a out/b out/c")
-    results = [json.loads((Path(folder) / "results.json").read_text()) for folder in folders]
+    files = [Path(folder) / "results.json" for folder in folders]
+    for file in files:
+        yield file.exists(), f"there is no {file}: run your schedule to its end"
+    results = [json.loads(file.read_text()) for file in files if file.exists()]
     yield (sorted(r["seed"] for r in results) == sorted(seeds),
            f"the seeds must be {seeds}: others may have been tuned on")
+    yield (all(r["data"] == "stories" and r["read"]["auc"]["n"] == 16 for r in results),
+           "the stories, with all 16 flags")
     yield all(r["steer"]["compose3"]["n"] >= 256 for r in results), "at least 256 prompts"
     yield (len({r["parameters"] for r in results}) == 1 and results[0]["parameters"] < 1e6,
            "the model of --size small")
@@ -297,28 +306,33 @@ def compose(name="you", folders=()):
     yield cost <= 0.01, f"LM loss is {cost:.3f} over the control's with one seed; 0.01 is allowed"
 
 
-CHECKS = {"1": (steer, "flags"), "2": (pad, "data"), "3": (install_write, "flags", "data"),
-          "4": (install_loss, "flags", "data"), "5": (experiment, "flags", "lab.producing"),
-          "6": (auc, "flags"), "7": (means, "lab.compare", "flags", "data"),
-          "8": (ridge, "lab.probe"), "9": (route, "lab.compare", "flags", "data"),
-          "10": (cache_and_bpe, "model", "data"), "11": (compose,)}
+# number: points in all, then groups of checks with the modules that they look into
+CHECKS = {"1": (21, (steer, "flags")), "2": (8, (pad, "data")),
+          "3": (110, (install_write, "flags", "data")), "4": (118, (install_loss, "flags", "data")),
+          "5": (16, (experiment, "flags", "lab.producing")), "6": (6, (auc, "flags")),
+          "7": (3, (means, "lab.compare", "flags", "data")), "8": (9, (ridge, "lab.probe")),
+          "9": (10, (route, "lab.compare", "flags", "data")),
+          "10": (48, (cache, "model"), (bpe, "data")), "11": (10, (compose,))}
 
 
 def check(number, *more):
     """(points, of, hint): one point for each check that holds; hint: of the first that does not."""
     torch.manual_seed(0)
-    (checks, *modules), hints = CHECKS[number], []      # "" for each check that holds
-    try:
-        for holds, hint in checks(*map(importlib.import_module, modules), *more):
-            hints.append("" if holds else hint)
-    except NotImplementedError:
-        hints.append("not written yet")
-    except Exception as error:      # whatever is wrong with the student's code
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        hints.append(f"{said} ({Path(frame.filename).name}, line {frame.lineno}): does it return "
-                     "what its docstring says? An edit returns x, install a pair")
-    return hints.count(""), len(hints), next(filter(None, hints), "")
+    (total, *groups), hints = CHECKS[number], []        # "" for each check that holds
+    for checks, *modules in groups:
+        try:
+            for holds, hint in checks(*map(importlib.import_module, modules), *more):
+                hints.append("" if holds else hint)
+        except NotImplementedError:
+            hints.append("not written yet")
+        except Exception as error:      # whatever is wrong with the student's code
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            file, line = ((error.filename, error.lineno) if isinstance(error, SyntaxError)
+                          else (frame.filename, frame.lineno))
+            said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            hints.append(f"{said} ({Path(file).name}, line {line}): does it return what its "
+                         "docstring says? An edit returns x, install a pair")
+    return hints.count(""), total, next(filter(None, hints), "")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from model import GPT, Config, Pretrained, optimizers
 def rounds(jobs, count):
     """Seconds of each job in `count` turns, (count,); the first turn warms up."""
     times = {name: [] for name in jobs}
-    for turn in range(count + 1):
+    for turn in flags.counted("timing, turn", range(count + 1)):
         for name, job in jobs.items():
             started = time.perf_counter()
             job()
@@ -128,7 +128,6 @@ def job(run, args):
             writes[B, "transformers"] = lambda idx=idx, mask=mask: theirs.generate(
                 idx, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=True,
                 temperature=0.8, top_k=0)
-    print("timing, about a minute ...", flush=True)
     trained, written = rounds(train, 9), rounds(writes, 15)
     peak = matmul_peak(s, tokens // 8, run.device)
     cost = lambda flagged, plain: float(np.median(flagged / plain)) - 1

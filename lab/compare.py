@@ -62,9 +62,9 @@ def by_control_token(run):
 
 @torch.no_grad()
 def means(run, model, batches=20):
-    """Difference of means (Marks and Tegmark 2023): for each concept the mean of the stream after
-    block k over the text positions of all its examples, minus the mean over concepts: (K, C). The
-    prompt does not count, and every position weighs the same."""
+    """Difference of means (Marks and Tegmark 2023): each concept's mean of the stream after block k
+    (F.streams) over the text positions of its examples, minus the mean over concepts: (K, C). Every
+    position weighs the same. Examples: D.batch(run.train, step, 100, run.seed), step < batches."""
     K = len(run.data.concepts)
     total = torch.zeros(K, model.config.n_embd, device=run.device)
     number = torch.zeros(K, 1, device=run.device)
@@ -98,7 +98,7 @@ def route(run):
     is the target (no list of words: any token of the text), only this concept's channel passes
     gradient down from the layers k ... L - 1; elsewhere all do. Words are compared stripped and in
     lower case, and count only if the text's label y has their concept. The last block is free to
-    read the channel, as theirs are."""
+    read the channel, as theirs are. Returns a method for flags.train; its flag loss is 0."""
     flags, names, words = run.flags, run.data.concepts, run.data.words
     belongs = torch.full((run.tok.n_vocab, len(names)), not words, device=run.device)   # (V, K)
     for i in range(run.tok.n_vocab) if words else []:
@@ -123,8 +123,7 @@ def route(run):
 def job(run, args):
     results = tools.main_results(run)
     s, steps, K = run.size, run.size.produce + run.size.rely, len(run.data.concepts)
-    models, _ = F.train_all(run)
-    base, flagged, control = models["base"], models["flags"], models["control"]
+    base, control, flagged = F.train_all(run)[0].values()
     method = lambda step, batch: F.install(run.flags, batch, F.supply(s, step))
     stage1 = lambda step, batch: F.install(run.flags, batch, 0.0)
     told = change(run, train=with_control_tokens(run, run.train),
@@ -140,7 +139,8 @@ def job(run, args):
 
     others = change(run, flags=dataclasses.replace(run.flags, first=0))
     arms = {"flags": row(run, flagged, base),
-            "no steering": row(run, control, base, lambda ids, values: (ids, None)),
+            "no steering": row(run, control, base, lambda ids, values: (ids, None)) | {
+                "blank": results["reliance"]["control"]["blank"]},
             "shuffled labels": row(run, new["shuffled"], base),
             "stage 1 only": row(run, new["stage1"], base),
             f"{K} other channels": row(others, flagged, base)}

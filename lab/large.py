@@ -97,9 +97,10 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
         noted = done["step"] % s.every == 0 or done["step"] in (s.produce, steps)
         if noted:
             done["log"].append(F.look(run, name, model, step) | {"train_loss": total[0].item()})
-        due = torch.tensor(float(done["step"] == steps or time.time() - saved_at > 300))
+        due = torch.tensor([done["step"] == steps or time.time() - saved_at > 300.0],
+                           dtype=torch.float, device=run.device)
         if dist.is_initialized():
-            dist.broadcast(due.to(run.device), 0)   # all save at the same step
+            dist.broadcast(due, 0)      # all save at the same step
         if due:
             weights, states = get_state_dict(model, opts, options=WHOLE)
             F.write(file, lambda path: torch.save({

@@ -1,7 +1,6 @@
 """Where does the concept stand, besides the flags? What erodes: its encoding, or only its use?
 
-    python -m lab.probe --size small --set supply=1             # probes.json, probe.png
-    python -m lab.probe --size small --set supply=1 rely=2400 --variants method "lambda2 0"
+    python -m lab.probe --size small --set supply=1 --out out/p1    # probes.json, probe.png
 
 Probes read the prompt's concept from the other channels, with the flags clamped to their mean, at
 positions that do not name it. Besides the control stand the method and variants of its stage 2:
@@ -45,18 +44,17 @@ def examples(run, part, n):
 def activations(run, model, part, values):
     """The other channels (N, L, C - K) at each kind of position, with the flags set to values."""
     at = {}
-    for i, (ids, _, _, where) in enumerate(part):
+    for i, (ids, _, _, where) in enumerate(flags.counted("reading streams, text", part)):
         edit = flags.steer(run.flags, torch.tensor([where["prompt's end"]]), values[i:i + 1])
-        x = flags.streams(model, torch.tensor([ids], device=run.device), edit)
-        x = torch.cat(x).cpu()                                                  # (L, T, C)
-        for name, t in where.items():
+        x = torch.cat(flags.streams(model, torch.tensor([ids], device=run.device), edit)).cpu()
+        for name, t in where.items():       # x (L, T, C)
             at.setdefault(name, []).append(x[:, t, :run.flags.first])
     return {name: torch.stack(rows) for name, rows in at.items()}
 
 
 def ridge(x, y, x_test, penalty=1.0):
     """Scores (M, K) of a linear probe for x_test (M, D): ridge regression of the labels y (N, K) on
-    activations x (N, D). All are standardised by the mean and std of x (a std of 0 counts as 1e-4),
+    activations x (N, D). All are standardised by x.mean(0) and x.std(0) (at least 1e-4),
     a column of ones is added, and (X'X + penalty I) W = X'y is solved."""
     mean, std = x.mean(0), x.std(0).clamp(min=1e-4)
     x, x_test = (F.pad((a - mean) / std, (0, 1), value=1.0).double() for a in (x, x_test))
@@ -72,7 +70,7 @@ def mlp(x, y, x_test):
     net = torch.nn.Sequential(torch.nn.Linear(x.size(1), 64), torch.nn.ReLU(),
                               torch.nn.Linear(64, y.size(1)))
     opt = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.1)
-    for _ in range(300):
+    for _ in flags.counted("training a probe, step", range(300)):
         F.cross_entropy(net(x), y.float()).backward()
         opt.step()
         opt.zero_grad()
@@ -84,17 +82,23 @@ def hits(probe, x, y, x_test, y_test, K):
     return flags.stat((probe(x, F.one_hot(y, K), x_test).argmax(1) == y_test).tolist())
 
 
-def read(run, model, n, m=500):
-    """What probes read: of n training and m held-out examples. Views: flags clamped to their mean,
-    or set to another concept. dealt: random labels of the cue words, for selectivity."""
-    K, found = len(run.data.concepts), {}
+def material(run, n, m=500):
+    """n training and m held-out examples, their concepts, and the mean flags to clamp them to."""
     parts = examples(run, run.data.train, n), examples(run, run.data.test, m)
-    y, y_test = (torch.tensor([concept for _, concept, *_ in part]) for part in parts)
+    mean = torch.tensor([row.label for row in run.train]).mean(0)
+    return (parts, [torch.tensor([concept for _, concept, *_ in part]) for part in parts],
+            [mean.expand(len(part), -1) for part in parts])
+
+
+def read(run, model, n):
+    """What probes read: of n training examples. Views: flags clamped to their mean, or set to
+    another concept. dealt: random labels of the cue words, for selectivity."""
+    K, found = len(run.data.concepts), {}
+    parts, (y, y_test), clamped = material(run, n)
     words = sorted({word for part in parts for _, _, word, _ in part})
     deal = dict(zip(words, np.random.default_rng(run.seed).integers(K, size=len(words)).tolist()))
     dealt, dealt_test = (torch.tensor([deal[word] for _, _, word, _ in part]) for part in parts)
-    mean = torch.tensor([row.label for row in run.train]).mean(0)
-    views = {"clamped": [mean.expand(len(part), -1) for part in parts], "set to another": [
+    views = {"clamped": clamped, "set to another": [
         flags.hot(K, [[(c + 1 + i % (K - 1)) % K] for i, (_, c, *_) in enumerate(part)])
         for part in parts]}
     for view, values in views.items():
@@ -150,11 +154,15 @@ def job(run, args):
     if not run.data.words:
         raise Stop("probes need to know each word's concept: they go with --data stories")
     s, look = run.size, flags.look
-    where = f"in the filler, block {s.layers}"
 
     def look_and_read(run, name, model, step):      # every point of the log: what is readable
-        more = {} if name == "base" else {"readable": read(run, model, 600)[where]["clamped"]}
-        return look(run, name, model, step) | more
+        point = look(run, name, model, step)        # in the filler, after the last block
+        if name != "base":
+            parts, (y, y_test), clamped = material(run, 600)
+            x, x_test = (activations(run, model, *both)["in the filler"][:, -1]
+                         for both in zip(parts, clamped))
+            point["readable"] = hits(ridge, x, y, x_test, y_test, len(run.data.concepts))
+        return point
     flags.look = look_and_read
     flags.train(run, "base", run.base, s.base)
     run.flags.height = s.height * flags.loudness(run, run.base)
@@ -174,7 +182,8 @@ def job(run, args):
     blank = lambda step, batch: (flags.install(run.flags, batch._replace(y=0 * batch.y), 2.0)[0],
                                  lambda: torch.zeros(()))
     again = tools.change(run, size=dataclasses.replace(s, every=25))
-    table["relearning"] = flags.train(again, "relearn", models[names[-1]], 100, blank)["log"]
+    table["relearning"] = flags.train(
+        again, f"relearn-{names[-1]}".replace(" ", "-"), models[names[-1]], 100, blank)["log"]
     tools.save(run, "probes.json", table)
     tools.curves(run.out / "probe.png", ([(
         f"{name}: {said}", [p["step"] for p in table[name]["log"]],

@@ -30,8 +30,8 @@ def variant(run, name, value):
         flags = dataclasses.replace(run.flags, first=run.size.width - value, count=value)
         rows = {part: [row._replace(label=tuple(row.label[i] for i in which))
                        for row in vars(run)[part]] for part in ("train", "test")}
-        asked = {key: (prompts, values if values is None else values[:, which], score)
-                 for key, (prompts, values, score) in run.asked.items()}
+        asked = {key: (prompts, values, score) if values is None else sayable(
+            prompts, values, score, which) for key, (prompts, values, score) in run.asked.items()}
         settings = run.settings | {"fenced": value}
         return change(run, flags=flags, asked=asked, settings=settings, **rows)
     kinds = {key: kind for key, kind in F.Size.__annotations__.items() if key not in FIXED}
@@ -41,11 +41,21 @@ def variant(run, name, value):
         size = dataclasses.replace(run.size, **{name: kinds[name](value)})
     except ValueError:
         raise Stop(f"{name} wants a number, not {value}")
+    value = vars(size)[name]
+    if not (0 < value < 2 ** 32 or value == 0 and name in F.MAY_BE_0):
+        raise Stop(f"{name}={value} is out of range")
     if not 1 <= size.layer <= size.layers:
         raise Stop(f"there is no block {size.layer} of {size.layers}")
     height = run.flags.height * size.height / run.size.height
     flags = dataclasses.replace(run.flags, layer=size.layer, height=height)
     return change(run, size=size, flags=flags, settings=run.settings | vars(size))
+
+
+def sayable(prompts, values, score, which):
+    """The questions whose flags are among `which`."""
+    kept = [i for i, row in enumerate(values) if set(row.nonzero()[:, 0].tolist()) <= {*which}]
+    return ([prompts[i] for i in kept], values[kept][:, which],
+            lambda text, i: score(text, kept[i]))
 
 
 def job(run, args):

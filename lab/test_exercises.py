@@ -57,7 +57,7 @@ def test_originals_pass_and_wrong_answers_fail_with_a_hint(number, monkeypatch):
 
 
 def test_there_are_enough_wrong_answers():
-    assert sum(len(set(wrong_answers(number))) for number in check.CHECKS) == 123
+    assert sum(len(set(wrong_answers(number))) for number in check.CHECKS) == 124
 
 
 def curves_of(run, change):
@@ -89,7 +89,8 @@ def test_wrong_experiments_fail_with_a_hint(change, hint, monkeypatch):
     monkeypatch.setattr(F, "prepare", lambda args: SimpleNamespace(size=size))
     monkeypatch.setattr("lab.producing.experiment", lambda run: curves_of(run, change))
     found = check.check("5")[2]
-    assert hint in found and bool(found) == bool(hint)
+    points, total, _ = check.check("5")
+    assert hint in found and bool(found) == bool(hint) == (points < total)
 
 
 def test_the_open_exercise_wants_three_fresh_seeds(tmp_path):
@@ -98,6 +99,7 @@ def test_the_open_exercise_wants_three_fresh_seeds(tmp_path):
     def hint(name="ada", **more):       # of three runs, where the second has something else
         for i, (folder, seed) in enumerate(zip(folders, seeds)):
             result = {"seed": seed, "steer": {"compose3": {"mean": 0.95, "n": 256}},
+                      "data": "stories", "read": {"auc": {"n": 16}},
                       "parameters": 9e5, "loss": {"flags": 0.70, "control": 0.70}}
             folder.mkdir(exist_ok=True)
             (folder / "results.json").write_text(json.dumps(result | (more if i == 1 else {})))
@@ -106,9 +108,13 @@ def test_the_open_exercise_wants_three_fresh_seeds(tmp_path):
     seeds = json.loads(wanted[wanted.index("["):wanted.index("]") + 1])
     assert hint() == ""
     assert "seeds must be" in hint("eve")
+    assert "with all 16 flags" in hint(read={"auc": {"n": 3}})
+    assert "with all 16 flags" in hint(data="my.jsonl", steer={"compose3": None})
     assert "one seed" in hint(loss={"flags": 0.72, "control": 0.7})
     assert "lowest" in hint(steer={"compose3": {"mean": 0.9, "n": 256}})
     assert "at least 256" in hint(steer={"compose3": {"mean": 0.95, "n": 20}})
+    (folders[1] / "results.json").unlink()
+    assert f"there is no {folders[1]}" in check.check("11", "ada", folders)[2]
 
 
 @pytest.mark.parametrize("number", [str(n) for n in range(1, 12)])

@@ -37,15 +37,10 @@ def script(module, monkeypatch, *argv):
     """A script of the laboratory, run as its command is."""
     monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
     p = tools.parser(module.__doc__)
-    if module is sweep:
-        p.add_argument("name")
-        p.add_argument("values", nargs="+")
-    if module is outside:
-        p.add_argument("other")
-    if module is probe:
-        p.add_argument("--variants", nargs="+", default=["method", "lambda2 0"])
-    if module is large:
-        p.add_argument("--micro", type=int, default=0)
+    more = {sweep: {"name": {}, "values": {"nargs": "+"}}, outside: {"other": {}},
+            probe: {"--variants": {"nargs": "+"}}}
+    for name, how in more.get(module, {}).items():
+        p.add_argument(name, **how)
     return tools.main(p, module.job)
 
 
@@ -160,7 +155,8 @@ def test_the_comparison_measures_each_arm_by_its_model(run, tmp_path, monkeypatc
 
     def ask(run, model, name, by):
         return None, {"mean": by == ("control", 8.0)}
-    monkeypatch.setattr(tools, "main_results", lambda run: {"loss": 1})
+    main_results = {"loss": 1, "reliance": {"control": {"blank": 0.9}}}
+    monkeypatch.setattr(tools, "main_results", lambda run: main_results)
     monkeypatch.setattr(F, "train_all", train_all)
     monkeypatch.setattr(compare.copy, "deepcopy", lambda model: named(f"new from {model.name}"))
     monkeypatch.setattr(F, "train_together", train_together)
@@ -182,7 +178,9 @@ def test_the_comparison_measures_each_arm_by_its_model(run, tmp_path, monkeypatc
     assert arms["16 other channels"]["first"] == 0 and arms["flags"]["first"] == 48
     assert arms["difference of means"]["strength"] == 8
     assert {arm["base"] for arm in arms.values()} == {"base"}
-    assert json.loads((tmp_path / "results.json").read_text()).keys() == {"loss", "compare"}
+    assert arms["no steering"]["blank"] == 0.9
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert kept == main_results | {"compare": kept["compare"]}
     trained = {name: (r, steps) for r, name, _, steps, *_ in jobs}
     assert {steps for _, steps in trained.values()} == {run.size.produce + run.size.rely}
     assert trained["token"][0].train is not run.train and trained["token"][0].size.no_prompt == 0
@@ -300,14 +298,16 @@ def test_scripts_from_end_to_end(tmp_path, monkeypatch, capsys):
     script(draw, monkeypatch, *arguments(tmp_path))
     script(outside, monkeypatch, "stories", *arguments(tmp_path))
     losses = json.loads((tmp_path / "outside.json").read_text())
-    told = json.loads((tmp_path / "results.json").read_text())["loss"]
-    assert losses.keys() == told.keys() and all(2 < loss < 9 for loss in losses.values())
-    arms = json.loads((tmp_path / "results.json").read_text())["compare"]
-    assert len(arms) == 8
-    assert {"neutral", "conflict", "intact", "blank", "nll_gap", "loss"} <= arms["flags"].keys()
+    told = json.loads((tmp_path / "results.json").read_text())
+    assert losses.keys() == told["loss"].keys() and all(2 < x < 9 for x in losses.values())
+    assert len(told["compare"]) == 8 and {"neutral", "conflict", "intact", "blank", "nll_gap",
+                                          "loss"} <= told["compare"]["flags"].keys()
     rows = json.loads((tmp_path / "sweep-supply.json").read_text())
     assert [row["value"] for row in rows] == ["0", "1"]
-    for name in ("compare.png", "sweep-supply.png", "matrix.png", "tokens.png"):
+    script(probe, monkeypatch, "--variants", "method", *arguments(tmp_path))
+    table = json.loads((tmp_path / "probes.json").read_text())
+    assert table.keys() == {"control", "method", "relearning"} and len(table["relearning"]) == 5
+    for name in ("compare.png", "sweep-supply.png", "matrix.png", "tokens.png", "probe.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
 

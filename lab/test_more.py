@@ -15,6 +15,7 @@ import torch
 
 import data as D
 import flags as F
+from lab import sweep
 from model import Cache
 
 torch.set_num_threads(1)
@@ -106,6 +107,13 @@ def test_a_learned_judge_of_any_script(form, one, other):
     assert np.mean(right) > 0.98
 
 
+def test_a_sweep_asks_for_no_flag_that_is_not_there():
+    rows = torch.tensor([[1., 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 0, 0]])
+    prompts, values, score = sweep.sayable(list("abcde"), rows, lambda text, i: i, [0, 2])
+    assert prompts == ["a", "c", "e"] and values.tolist() == [[1, 0], [0, 1], [0, 0]]
+    assert [score("", i) for i in range(3)] == [0, 2, 4]
+
+
 # ---------------------------------------------------------------------------- torch and disks
 
 def test_the_cache_keeps_dtype_and_layers_apart():
@@ -153,6 +161,13 @@ def test_help_fits_on_a_screen():
     assert help.count("\n") <= 50 and max(map(len, help.splitlines())) <= 100
 
 
+def test_results_have_a_folder_of_their_own():
+    folders = [F.out_folder(F.parser().parse_args(more)).name for more in (
+        [], ["--data", "stories.jsonl"], ["--data", "wordnet"], ["--init", "."],
+        ["--init", "a/b.gguf"])]
+    assert len(set(folders)) == 5 and folders[0] == "small" and folders[-1] == "small-b"
+
+
 def test_the_picture(tmp_path):
     log = [{"step": step, "intact": 1.0, "blank": 0.5, "conflict": step / 9} for step in (1, 5, 9)]
     run = SimpleNamespace(out=tmp_path, size=SimpleNamespace(produce=5))
@@ -166,6 +181,11 @@ def test_head_and_python_without_its_folder_and_home(tmp_path):
                "prompts=8", "track=2", "stories=100", "vocab=257",
                "--seed", "1338"]
     assert F.main(command) is None      # without a neutral prompt, without a merge
+    top = F.parser().parse_args([*command, "--out", str(tmp_path / "top"), "--set", "top=1"])
+    run = F.prepare(top)
+    first, second = F.train_all(run)[0], F.train_all(run)[0]    # frozen blocks are in nobody's way
+    one, two = (models["flags"].blocks[1].mlp.up.weight for models in (first, second))
+    assert torch.equal(one, two)
     env = {key: value for key, value in os.environ.items() if key != "HOME"}
     process = subprocess.Popen(
         [sys.executable, F.__file__, *command, "--steer", "Mia slept."],

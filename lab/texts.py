@@ -39,7 +39,7 @@ def packages():
 
 
 def fortunes():
-    """Nothing -> a short fortune; the concept is its file."""
+    """A short fortune's first three words -> the rest; the concept is its file."""
     for file in sorted(FORTUNES.iterdir()):
         if file.is_file() and not file.suffix:
             for text in file.read_text("utf-8", "replace").split("\n%\n"):

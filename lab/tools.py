@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 import flags
 from data import Stop
@@ -34,6 +35,7 @@ def main(p, job):
     """Run job(run, args) for each seed. It returns a dict of figures; the table of several seeds
     goes to OUT/NAME.json, where NAME is the script's."""
     args, name = p.parse_args(), p.prog.split(".")[-1]
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)   # it may lack characters
     out, tables = flags.out_folder(args), []
     try:
         for seed in range(args.seed, args.seed + args.seeds):
@@ -49,7 +51,7 @@ def main(p, job):
             for key, row in summary.items():
                 print(f"  {key:44s}{row['mean']:8.3f}  [{row['low']:.3f}, {row['high']:.3f}]")
             print(f"Wrote {file}")
-    except (Stop, OSError) as stop:
+    except (Stop, OSError, torch.OutOfMemoryError) as stop:
         print(f"{p.prog}: {stop}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
