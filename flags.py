@@ -669,7 +669,7 @@ def parser():
     add("--size", choices=SIZES, default="small", help="tiny: 30 s; small: minutes (default)")
     add("--data", default="stories", help="stories (built in, default), wordnet (Debian's "
         'wordnet-base), or a .jsonl file: lines of {"prompt": "", "text": "", "concepts": [""]}')
-    add("--seed", type=int, default=1337, help="all randomness comes from it (default: 1337)")
+    add("--seed", type=int, default=1337, help="of stories, training and sampling (default: 1337)")
     add("--init", metavar="MODEL", help="a real checkpoint: a folder of transformers, or a .gguf")
     add("--set", **several, metavar="FIELD=NUMBER", help="fields of Size, as rely=400")
     add("--out", metavar="DIR", help="where results go (default: out/SIZE[-MODEL][-DATA])")
@@ -682,7 +682,6 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)   # it may lack characters
     try:
         if args.steer is not None or args.on + args.off:
             steer_by_hand(args)
@@ -697,4 +696,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)   # it may lack characters
     sys.exit(main())
