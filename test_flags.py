@@ -704,7 +704,7 @@ def test_the_mechanism(finished):
     flags, control = mean(r["reliance"]["flags"]), mean(r["reliance"]["control"])
     assert flags["intact"] >= 0.8 and flags["blank"] <= 0.5
     assert control["blank"] >= control["intact"] - 0.2      # the slice means nothing to it
-    assert read["auc"] > 0.97 and r["loss"]["flags"] < r["loss"]["control"] + 0.1
+    assert read["auc"] > 0.97 and r["loss"]["flags"] < r["loss"]["control"] + 0.15
     assert r["loss"]["control"] < r["loss"]["base"] - 0.02
     first, last = r["trajectory"][0], r["trajectory"][-1]
     assert first["stage"] == 1 and first["step"] == finished.run.size.produce
