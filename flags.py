@@ -238,9 +238,8 @@ def look(run, name, model, step):
     """A point of the log: held-out losses; of a finetuned model also its RATES, see below."""
     point = dict(zip(("lm_loss", "flag_loss"), held_out(run, model)), step=step + 1,
                  stage="base" if name == "base" else 1 if step < run.size.produce else 2)
-    for key in () if name == "base" else RATES:
-        point[key] = ask(run, model, key, run.size.track)[1]["mean"]
-    return point
+    rates = () if name == "base" else RATES
+    return point | {key: ask(run, model, key, run.size.track)[1]["mean"] for key in rates}
 
 
 @torch.no_grad()
@@ -410,6 +409,7 @@ def prepare(args):
         ctypes.CDLL(None).mallopt(-4, 0)            # M_MMAP_MAX: no block has a mapping of its own
         ctypes.CDLL(None).mallopt(-1, 1 << 30)      # M_TRIM_THRESHOLD: 1 GB
     s, out, kinds = SIZES[args.size], out_folder(args), Size.__annotations__
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = {name: kinds[name](x) for name, x in (item.split("=") for item in args.set)}
     except (KeyError, ValueError):
@@ -430,6 +430,8 @@ def prepare(args):
         s = dataclasses.replace(s, **CHECKPOINT, layer=3 * L // 4, top=L - 3 * L // 4 + L // 8 + 1)
         if not data.words:      # text of which the checkpoint knows much: smaller steps
             s = dataclasses.replace(s, batch=64, produce=15, rely=60, lr=0.005, no_prompt=0.5)
+        if device.type == "cuda":       # there is time for all of it, and for more steps
+            s = dataclasses.replace(s, batch=max(64, 2 * s.batch), rely=600, top=0, every=100)
         chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context, heads=1)
     s, K = dataclasses.replace(s, **chosen), len(data.concepts)
     if not args.init:
@@ -454,15 +456,13 @@ def prepare(args):
               "these concepts apart; more examples, or fewer concepts")
     for file in [*out.glob("*.pt"), out / "results.json"] if args.fresh else ():
         file.unlink(missing_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text = zlib.crc32(repr((train, test)).encode())
     return argparse.Namespace(
         size=s, data=data, tok=tok, seed=args.seed, device=device, out=out, base=base.to(device),
         flags=Flags(s.layer, s.width - K, K), train=train, test=test[:12 * s.prompts],     # rows
         asked=asked, judge=judge, accuracy=accuracy,                        # on real held-out texts
-        settings=vars(s) | {"size": args.size, "seed": args.seed, "concepts": data.concepts,
-                            f"text in {data.name}": text, "base model": args.init and [
-                zlib.crc32(p.detach().cpu().numpy()) for p in base.parameters()]})
+        settings=vars(s) | {"size": args.size, "seed": args.seed, "concepts": data.concepts} | {
+            f"text in {data.name}": zlib.crc32(repr((train, test)).encode()), "base model":
+            args.init and [zlib.crc32(p.detach().cpu().numpy()) for p in base.parameters()]})
 
 
 def out_folder(args):       # where results go, and where --steer looks for them

@@ -21,6 +21,8 @@ from torch import nn
 
 from data import Stop, Tokenizer
 
+torch.backends.cuda.enable_cudnn_sdp(False)     # gave NaN as a gradient: pytorch issue 196678
+
 
 @dataclass
 class Config:
@@ -171,8 +173,7 @@ def sample(logits, temperature, generator):
         return logits.argmax(-1, keepdim=True)
     total = (logits / temperature).softmax(-1).cumsum(-1)
     u = torch.rand(len(logits), 1, generator=generator).to(logits.device)   # one number a row
-    at = torch.searchsorted(total, u * total[:, -1:], right=True)
-    return at.clamp(max=logits.size(-1) - 1)
+    return torch.searchsorted(total, u * total[:, -1:], right=True).clamp(max=logits.size(-1) - 1)
 
 
 # ---------------------------------------------------------------------------- the GPT
@@ -338,8 +339,7 @@ class Muon(torch.optim.Muon):
 def optimizers(model, lr, embedding_lr, decay):
     """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for embeddings and norms.
 
-    On the stories Muon needs less than half of AdamW's steps to the same loss. Embeddings want a
-    far higher rate: the words of a concept must come together.
+    On the stories Muon needs less than half of AdamW's steps. Embeddings want a far higher rate.
     """
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad]
     rest = [p for p in model.parameters() if p.requires_grad and p not in set(matrices)]

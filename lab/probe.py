@@ -18,27 +18,35 @@ import torch.nn.functional as F
 
 import data as D
 import flags
-from data import Stop
 from lab import tools
-from lab.variants import VARIANTS, held, method
+from lab.variants import VARIANTS, held, held_loss, method, remove
+
 
 def examples(run, part, n):
     """(ids, concept, cue word, {where: position}) of texts about one concept whose prompt tells it
-    and whose first sentence is a filler; the ids end with the next sentence's first token."""
-    found = []
+    and whose first sentence is a filler; the ids end with the next sentence's first token. Of real
+    text only the prompt, since any word of the text may tell."""
+    found, words = [], run.data.words
     for e in part:
-        first, words = re.match(r".*?[.!?]", e.text)[0], run.data.words
-        cue = [w for w in re.findall("[a-z]+", e.prompt.lower()) if w in words]
-        if len(e.concepts) > 1 or not e.cued or D.content(first, words):
+        if len(found) == n or len(e.concepts) > 1 or not e.cued:
             continue
-        prompt, filler = run.tok.prompt(e.prompt), run.tok.encode(" " + first)
-        ids, end = prompt + run.tok.encode(" " + e.text)[:len(filler) + 1], len(prompt) - 1
+        prompt, concept = run.tok.prompt(e.prompt), run.data.concepts.index(e.concepts[0])
+        end = len(prompt) - 1
+        if not words:
+            found.append((prompt, concept, e.prompt, {"prompt's end": end}))
+            continue
+        first = re.match(r".*?[.!?]", e.text)[0]
+        cue = [w for w in re.findall("[a-z]+", e.prompt.lower()) if w in words]
+        if D.content(first, words):
+            continue
+        filler = run.tok.encode(" " + first)
+        ids = prompt + run.tok.encode(" " + e.text)[:len(filler) + 1]
         if len(filler) > 3 and not D.content(run.tok.decode(ids[end + 1:]), words):
-            found.append((ids, run.data.concepts.index(e.concepts[0]), cue[-1], {
+            found.append((ids, concept, cue[-1], {
                 "prompt's end": end, "filler's begin": end + 1,
                 "in the filler": end + len(filler) // 2, "filler's end": end + len(filler),
                 "next sentence": end + len(filler) + 1}))
-    return found[:n]
+    return found
 
 
 def activations(run, model, part, values):
@@ -114,19 +122,6 @@ def read(run, model, n):
     return found
 
 
-def remove(run, directions, start):
-    """An edit: the span of `directions` (D, R) goes from the other channels after every block >= k,
-    from position start[b] on. Does the text change?"""
-    q = torch.linalg.qr(directions.float())[0]                                  # (D, R)
-
-    def edit(layer, x, pos):
-        if layer >= run.flags.layer:
-            on, rest = (pos >= start.to(x.device)[:, None])[..., None], x[..., :run.flags.first]
-            x[..., :run.flags.first] = torch.where(on, rest - rest @ q @ q.T, rest)
-        return x
-    return edit
-
-
 def study(run, model):
     """All figures of one model."""
     K, rates = len(run.data.concepts), {}
@@ -146,20 +141,20 @@ def study(run, model):
     texts = flags.continue_texts(run, model, prompts, values, held(run, model))
     rates["intact, held"] = flags.stat(score(text, i) for i, text in enumerate(run.judge(texts)))
     rates["exact"] = flags.reading(run, model)["exact"]
-    return {"loss": flags.held_out(run, model, run.test)[0], "rates": rates,
+    return {"loss": flags.held_out(run, model, run.test)[0], "held loss": held_loss(run, model),
+            "rates": rates,
             "probes": read(run, model, 2000)}
 
 
 def job(run, args):
-    if not run.data.words:
-        raise Stop("probes need to know each word's concept: they go with --data stories")
     s, look = run.size, flags.look
+    middle = "in the filler" if run.data.words else "prompt's end"
 
     def look_and_read(run, name, model, step):      # every point of the log: what is readable
-        point = look(run, name, model, step)        # in the filler, after the last block
+        point = look(run, name, model, step)        # there, after the last block
         if name != "base":
             parts, (y, y_test), clamped = material(run, 600)
-            x, x_test = (activations(run, model, *both)["in the filler"][:, -1]
+            x, x_test = (activations(run, model, *both)[middle][:, -1]
                          for both in zip(parts, clamped))
             point["readable"] = hits(ridge, x, y, x_test, y_test, len(run.data.concepts))
         return point
@@ -174,8 +169,9 @@ def job(run, args):
     table = {name: study(run, models[name]) | {"log": did["log"]} for name, did in zip(names, done)}
     for name, figures in table.items():
         rates = figures["rates"] | {f"read {key}": figures["probes"][f"{key}, block {s.layers}"][
-            "clamped"] for key in ("prompt's end", "in the filler", "next sentence")}
-        print(f"{name}: LM loss {figures['loss'] - table['control']['loss']:+.4f}; "
+            "clamped"] for key in dict.fromkeys(("prompt's end", middle))}
+        loss, held_ = (figures[key] - table["control"]["loss"] for key in ("loss", "held loss"))
+        print(f"{name}: LM loss {loss:+.4f}, own flags held {held_:+.4f}; "
               + ", ".join(f"{key} {rate['mean']:.2f}" for key, rate in rates.items()), flush=True)
 
     flags.look = look

@@ -1,6 +1,7 @@
 """Other ways to train stage 2, and to steer, that lab.probe measures beside the method."""
 import torch
 
+import data as D
 import flags
 
 VARIANTS = {"method": {}, "lambda2 6": {"weight2": 6.0}, "lambda2 1.5": {"weight2": 1.5},
@@ -36,3 +37,31 @@ def held(run, model):
         own = (flags.own_flags(model, run.flags, ids) > 0.5).float()
         return ids, flags.steer(run.flags, flags.last(ids), own)
     return by
+
+
+def remove(run, directions, start):
+    """An edit: the span of `directions` (D, R) goes from the other channels after every block >= k,
+    from position start[b] on. Does the text change?"""
+    q = torch.linalg.qr(directions.float())[0]                                  # (D, R)
+
+    def edit(layer, x, pos):
+        if layer >= run.flags.layer:
+            on, rest = (pos >= start.to(x.device)[:, None])[..., None], x[..., :run.flags.first]
+            x[..., :run.flags.first] = torch.where(on, rest - rest @ q @ q.T, rest)
+        return x
+    return edit
+
+
+@torch.no_grad()
+def held_loss(run, model):
+    """LM loss on held-out rows, with the model's own flags held as in `held`."""
+    rows = sorted(run.test, key=lambda r: len(r.prompt) + len(r.text))
+    prompts = flags.counted("reading flags, prompt", [row.prompt for row in rows])
+    own = (flags.own_flags(model, run.flags, prompts) > 0.5).float().tolist()
+    total = torch.zeros(2)
+    for i in flags.counted("measuring the loss, batch", range(0, len(rows), 32)):
+        batch = D.pad([row._replace(label=y) for row, y in zip(rows[i:i + 32], own[i:i + 32])])
+        batch, n = batch.to(run.device), (batch.targets >= 0).sum()
+        lm = flags.lm_loss(model, batch, flags.install(run.flags, batch, p=2.0)[0])
+        total += torch.stack([n * lm.cpu(), n])
+    return (total[0] / total[1]).item()
