@@ -301,7 +301,6 @@ def load_pretrained(path, context):
         raise Stop(f"{path} can't be used: {line} ({type(error).__name__})") from None
     plain = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
     spaced = tok.tokenize("a", **plain)[0].startswith("\u2581")     # puts a space before every text
-
     encode = lambda text: tok(text.removeprefix(" ") if spaced else text, **plain).input_ids
     decode = functools.partial(tok.decode, clean_up_tokenization_spaces=False)
     begin = (tok("").input_ids or [tok.eos_token_id])[0]
@@ -323,8 +322,9 @@ def check(model):
 
 def fast_bfloat16(device):
     """Whether this device has instructions for it. A CPU without is 10 times faster in float32."""
-    return device.type == "cuda" or (torch.backends.mkldnn.is_available()
-                                     and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Muon(torch.optim.Muon):

@@ -27,6 +27,14 @@ def same(a, b):
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-5)
 
 
+def there(function, *args):
+    """What it returns on the device "meta", where nothing is calculated; None, if it mixes two."""
+    try:
+        return function(*args)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
 def steer(F):
     flags, values = F.Flags(2, 13, K, H), torch.tensor([[1., 0, 1], [0, 1, 0]])
     x0, pos = torch.randn(2, 9, C), torch.arange(9)[None]
@@ -50,6 +58,8 @@ def steer(F):
     half = edit(2, x.bfloat16(), torch.tensor([[7]]))
     yield half.dtype == torch.bfloat16, "the stream keeps its dtype"
     yield same(half[1, 0, 13:], H * values[1]), "pos may be (1, T), one for all rows"
+    x = there(edit, 2, x0.to("meta"), pos.to("meta"))
+    yield x is not None, "start and values may be on another device than x: x.device says which"
 
 
 def pad(D):
@@ -171,7 +181,7 @@ def means(compare, F, D):
                             [[-100] * 4 + [1], [-100, 1, -100, -100, -100]]])
     batches = [D.Batch(t.clamp(min=0), t, torch.tensor(labels), torch.zeros(2))
                for t, labels in zip(targets, y)]
-    run = SimpleNamespace(data=SimpleNamespace(concepts=["a", "b"]), device="cpu", train=None,
+    run = SimpleNamespace(data=SimpleNamespace(concepts=["a", "b"]), device=torch.device("cpu"), train=None,
                           seed=0, flags=F.Flags(2, 4, 2))
     stream = lambda idx: x[:2] if idx.equal(batches[0].idx) else x[2:]
     streams = lambda model, idx, edit=None: [scale * stream(idx) for scale in (-1, 1, 2)]
@@ -257,6 +267,9 @@ def cache(model):
                 yield same(got, kv), "keys are keys and values values; each layer its own, in order"
     yield (c.length == 6 and c.kv[0][0].size(2) == 8,
            "one buffer of `size` positions for each layer, filled: no torch.cat")
+    k = torch.empty(1, 2, 3, 4, device="meta")
+    yield (there(model.Cache(1, 8, torch.zeros(1, dtype=torch.int64)).append, k, k) is not None,
+           "the buffers are on k's device")
 
 
 def bpe(D):
@@ -307,12 +320,12 @@ def compose(name="you", folders=()):
 
 
 # number: points in all, then groups of checks with the modules that they look into
-CHECKS = {"1": (21, (steer, "flags")), "2": (8, (pad, "data")),
+CHECKS = {"1": (22, (steer, "flags")), "2": (8, (pad, "data")),
           "3": (110, (install_write, "flags", "data")), "4": (118, (install_loss, "flags", "data")),
           "5": (16, (experiment, "flags", "lab.producing")), "6": (6, (auc, "flags")),
           "7": (3, (means, "lab.compare", "flags", "data")), "8": (9, (ridge, "lab.probe")),
           "9": (10, (route, "lab.compare", "flags", "data")),
-          "10": (48, (cache, "model"), (bpe, "data")), "11": (10, (compose,))}
+          "10": (49, (cache, "model"), (bpe, "data")), "11": (10, (compose,))}
 
 
 def check(number, *more):

@@ -5,8 +5,9 @@
 
 The main job of flags.py. Weights are float32 under bfloat16 autocast: a parameter takes some 12 to
 16 bytes (weight, gradient, one or two optimizer states) on all devices together, and three models
-are held. With --micro so many sequences go through the model at once; a real checkpoint keeps one
-activation a block and computes the rest twice. All processes measure along, the first one prints.
+are held. For a moment each device holds one of them whole, and the host three for each process. With
+--micro so many sequences go through the model at once; a real checkpoint keeps one activation a
+block and computes the rest twice. All processes measure along, the first one prints.
 """
 import copy
 import dataclasses
@@ -29,6 +30,7 @@ from lab import tools
 from model import optimizers
 
 WHOLE = StateDictOptions(full_state_dict=True)      # as one process has it, whatever their number
+TO_SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True)      # the first process has it
 
 
 def parts(batch, micro):
@@ -51,13 +53,13 @@ def save_memory(model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def shard(model):
-    """Deal a model out to the processes; for one there is nothing to do."""
+def shard(model, device):
+    """Deal a model out to the processes; for one there is nothing to do but to move it."""
     save_memory(model)
     if dist.is_initialized():
         for module in (*model.blocks, model):
             fully_shard(module)
-    return model
+    return model.to(device)
 
 
 def train(run, name, model, steps, method=lambda step, batch: (None, lambda: torch.zeros(()))):
@@ -102,7 +104,7 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
         if dist.is_initialized():
             dist.broadcast(due, 0)      # all save at the same step
         if due:
-            weights, states = get_state_dict(model, opts, options=WHOLE)
+            weights, states = get_state_dict(model, opts, options=TO_SAVE)
             F.write(file, lambda path: torch.save({
                 "model": weights, "optimizers": states, "done": done, "settings": run.settings,
                 "config": vars(model.config), "flags": vars(run.flags),
@@ -116,21 +118,21 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
 def train_all(run):
     """flags.train_all, one model after the other."""
     s, steps = run.size, run.size.produce + run.size.rely
-    control, flagged = copy.deepcopy(run.base), copy.deepcopy(run.base)     # before it is dealt out
-    base = shard(run.base)
+    whole = run.base.cpu()      # a device gets its part alone
+    base, control, flagged = (copy.deepcopy(whole) for _ in range(3))
+    shard(base, run.device)
     done = {"base": train(run, "base", base, s.base)}
     run.flags.height = s.height * F.loudness(run, base)
     weights = get_model_state_dict(base, options=WHOLE)
     for model in (control, flagged):
         if s.top:
             model.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
-        set_model_state_dict(shard(model), weights, options=WHOLE)
+        set_model_state_dict(shard(model, run.device), weights, options=WHOLE)
     done["control"] = train(run, "control", control, steps)
     done["flags"] = train(run, "flags", flagged, steps,
                           lambda step, batch: F.install(run.flags, batch, F.supply(s, step)))
     if run.tok.save:        # the main job will save a folder: gather what was dealt out
-        weights = get_model_state_dict(flagged.model, options=StateDictOptions(
-            full_state_dict=True, cpu_offload=True))    # the first process gets them
+        weights = get_model_state_dict(flagged.model, options=TO_SAVE)
         flagged.model.save_pretrained = functools.partial(
             flagged.model.save_pretrained, state_dict=weights)
     if dist.is_initialized() and dist.get_rank():
@@ -139,7 +141,11 @@ def train_all(run):
 
 
 def job(run, args):
+    N = dist.get_world_size() if dist.is_initialized() else 1
+    if min(run.size.batch, len(run.train)) % N:
+        raise D.Stop(f"{N} processes can't share batch={run.size.batch} evenly: choose a multiple")
     run.micro = args.micro
+    run.settings["size"] += ", lab.large"       # its checkpoints are not those of flags.py
     F.train_all = train_all     # the one piece of the main job that differs
     F.main_job(run)
     return {}

@@ -352,8 +352,7 @@ def gradients(run, micro):
 @pytest.mark.parametrize("micro", [1, 5, 16])
 def test_accumulated_gradients_equal_those_of_the_whole_batch(run, micro, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **more: torch.enable_grad())   # float32
-    loss, whole = gradients(run, 0)
-    again, parts = gradients(run, micro)
+    (loss, whole), (again, parts) = gradients(run, 0), gradients(run, micro)
     assert again == pytest.approx(loss, rel=1e-5)
     for a, b in zip(whole, parts):
         assert torch.allclose(a, b, atol=1e-6, rtol=1e-4)
@@ -372,6 +371,7 @@ def test_two_processes_have_the_losses_of_one_and_one_goes_on_from_their_checkpo
         keys = ("train_loss", "lm_loss", "flag_loss")
         return [point[key] for point in results["trajectory"] for key in keys], results
     one, results = losses(1, "one")
+    assert F.main(arguments(tmp_path / "one", "every=1")) == 2      # its checkpoints are not these
     two, _ = losses(2, "two")
     assert two == pytest.approx(one, rel=2e-3)
     (tmp_path / "two" / "results.json").unlink()
