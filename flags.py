@@ -82,7 +82,7 @@ SIZES = {
                    rely=1500, lr=0.005, layer=4),
 }
 REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, no_prompt=0.5,
-                 prompts=1024, track=128)       # steps and decay: by the number of examples
+                 prompts=1024, track=128)       # steps, rate and decay: by how many examples
 CHECKPOINT = dict(batch=16, base=0, produce=30, rely=100, wean=0, lr=0.02, embedding_lr=0.0003,
                   decay=0.0, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16, every=50)
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
@@ -256,8 +256,7 @@ def held_out(run, model, rows=None):
 
 
 def train_together(jobs):
-    """train(*job) for each job, and what was done. Two small models train faster side by side, each
-    in a forked process with one CPU thread, than one after the other with two threads."""
+    """train(*job) for each job: what was done. On a CPU side by side, one thread each: faster."""
     threads = torch.get_num_threads()
     if sys.platform == "linux" and jobs[0][0].device.type == "cpu" and threads > 1:
         for job in jobs:
@@ -423,7 +422,8 @@ def prepare(args):
     if data.name != "stories":
         n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # <= 10 epochs
         s = dataclasses.replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10),
-                                rely=n, wean=n // 5, decay=24 / n ** 0.5)
+                                rely=n, wean=n // 5, lr=s.lr * (2 if n < 1000 else 1),
+                                decay=24 / n ** 0.5)
     if args.init:
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
         L = base.config.n_layer

@@ -125,8 +125,11 @@ def read(run, model, n):
 def study(run, model):
     """All figures of one model."""
     K, rates = len(run.data.concepts), {}
-    for name in ("intact", "blank", "conflict", "neutral"):
-        rates[name] = flags.ask(run, model, name)[1]
+    for name in ("intact", "blank", "conflict", "neutral", "suppress", "compose2", "compose3"):
+        if run.asked[name][0]:
+            texts, rates[name] = flags.ask(run, model, name)
+            if name == "neutral" and run.data.words:
+                rates["switch"] = flags.switch(run, model, texts)
     part = examples(run, run.data.train, 500)
     x = activations(run, model, part, torch.zeros(len(part), K))["prompt's end"]
     x, y = x[:, run.flags.layer - 1], torch.tensor([concept for _, concept, *_ in part])
