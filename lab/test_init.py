@@ -14,24 +14,9 @@ import torch
 import data as D
 import flags as F
 from lab import export
-from lab.test_real import GROUPED, T, small
-from model import load_pretrained
-from test_flags import PROMPTS, lines, one_line
-
-
-def jsonl_of(folder, n=300):
-    """A file of labelled lines: the text says which of two beings was seen."""
-    file, beings = folder / "my.jsonl", [("cat", "dog")[i % 2] for i in range(n)]
-    file.write_bytes(lines(*(
-        {"prompt": f"On day {i} I saw a {being}.", "concepts": [being],
-         "text": f"The {being} was number {i}."} for i, being in enumerate(beings))))
-    return str(file)
-
-
-def tokenizer():
-    """An ordinary byte-level tokenizer of transformers', and one more token that is not special."""
-    text = "the cat saw a dog on a fine day and that was that, schöne "
-    return export.to_fast(D.train_bpe([text] * 3, 300).merges)
+from lab.test_real import GROUPED, T, jsonl_of, small, tokenizer
+from model import Pretrained, load_pretrained
+from test_flags import PROMPTS, one_line
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -86,6 +71,21 @@ def test_two_processes_save_what_one_saves(tmp_path):
         assert torch.allclose(value, two[key], atol=3e-3)
         upper = any(f"layers.{i}." in key for i in (2, 3))      # top = 2 of 4 blocks
         assert torch.equal(value, start[key]) == (not upper)
+
+
+def test_the_schedule_of_real_text_and_of_a_gpu(tmp_path, monkeypatch):
+    data, folder, out = jsonl_of(tmp_path, 3000), tmp_path / "model", str(tmp_path / "out")
+    tokenizer().save_pretrained(folder)
+    small("llama", 320).save_pretrained(folder)
+    prepare = lambda *more: F.prepare(F.parser().parse_args(["--data", data, "--out", out, *more]))
+    run, fields = prepare(), ("rely", "base", "wean", "batch", "lr", "top")
+    n = round(len(run.data.train) / 12)                     # ten epochs of 128
+    assert [vars(run.size)[key] for key in fields] == [n, max(48, n // 7), n // 5, 128, 0.02, 0]
+    of_init = lambda: [vars(prepare("--init", str(folder)).size)[key] for key in fields]
+    assert of_init() == [60, 0, 0, 64, 0.005, 2]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Pretrained, "to", lambda model, device: model)
+    assert of_init() == [600, 0, 0, 128, 0.005, 0]
 
 
 def test_a_base_of_ours_is_the_same_by_this_path(tmp_path):

@@ -12,9 +12,9 @@ import torch
 
 import data as D
 import flags as F
-from lab import large
+from lab import export, large
 from model import Pretrained, load_pretrained
-from test_flags import check_decoding
+from test_flags import check_decoding, lines
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 T = pytest.importorskip("transformers", reason="pip install transformers")
@@ -55,6 +55,21 @@ def small(name, vocab=97):
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
     return model
+
+
+def jsonl_of(folder, n=300):
+    """A file of labelled lines: the text says which of two beings was seen."""
+    file, beings = folder / "my.jsonl", [("cat", "dog")[i % 2] for i in range(n)]
+    file.write_bytes(lines(*(
+        {"prompt": f"On day {i} I saw a {being}.", "concepts": [being],
+         "text": f"The {being} was number {i}."} for i, being in enumerate(beings))))
+    return str(file)
+
+
+def tokenizer():
+    """An ordinary byte-level tokenizer of transformers', and one more token that is not special."""
+    text = "the cat saw a dog on a fine day and that was that, schöne "
+    return export.to_fast(D.train_bpe([text] * 3, 300).merges)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
