@@ -422,7 +422,7 @@ def prepare(args):
     if data.name != "stories":
         n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # <= 10 epochs
         s = dataclasses.replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10),
-                                rely=n, wean=n // 5, lr=s.lr * (2 if n < 1000 else 1),
+                                rely=n, wean=n // 5, lr=s.lr * (2 if n < 2000 else 1),
                                 decay=24 / n ** 0.5)
     if args.init:
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))

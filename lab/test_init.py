@@ -74,7 +74,7 @@ def test_two_processes_save_what_one_saves(tmp_path):
 
 
 def test_the_schedule_of_real_text_and_of_a_gpu(tmp_path, monkeypatch):
-    data, folder, out = jsonl_of(tmp_path, 3000), tmp_path / "model", str(tmp_path / "out")
+    data, folder, out = jsonl_of(tmp_path, 600), tmp_path / "model", str(tmp_path / "out")
     tokenizer().save_pretrained(folder)
     small("llama", 320).save_pretrained(folder)
     prepare = lambda *more: F.prepare(F.parser().parse_args(["--data", data, "--out", out, *more]))
