@@ -181,8 +181,8 @@ def means(compare, F, D):
                             [[-100] * 4 + [1], [-100, 1, -100, -100, -100]]])
     batches = [D.Batch(t.clamp(min=0), t, torch.tensor(labels), torch.zeros(2))
                for t, labels in zip(targets, y)]
-    run = SimpleNamespace(data=SimpleNamespace(concepts=["a", "b"]), device=torch.device("cpu"), train=None,
-                          seed=0, flags=F.Flags(2, 4, 2))
+    run = SimpleNamespace(data=SimpleNamespace(concepts=["a", "b"]), device=torch.device("cpu"),
+                          train=None, seed=0, flags=F.Flags(2, 4, 2))
     stream = lambda idx: x[:2] if idx.equal(batches[0].idx) else x[2:]
     streams = lambda model, idx, edit=None: [scale * stream(idx) for scale in (-1, 1, 2)]
     with (mock.patch.object(D, "batch", lambda rows, step, *more, **named: batches[step]),
