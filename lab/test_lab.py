@@ -23,14 +23,14 @@ QUICK = ["--size", "tiny", "--set", "base=4", "produce=2", "rely=4", "prompts=12
 
 
 def arguments(out, *more):
-    return [*QUICK, *more, "--out", str(out)]
+    return [*QUICK, "context=48", *more, "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of all sixteen concepts, before its training."""
     out = tmp_path_factory.mktemp("run")
-    return F.prepare(F.parser().parse_args(arguments(out, "flags=16")))
+    return F.prepare(F.parser().parse_args(arguments(out, "flags=16", "context=128")))
 
 
 def script(module, monkeypatch, *argv):

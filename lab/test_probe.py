@@ -1,5 +1,6 @@
-"""Tests of lab.probe where it leaves the stories: flags that are held, and real text."""
+"""Tests of lab.probe where it leaves the stories (held flags, real text), and of lab.concepts."""
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import data as D
 import flags as F
-from lab import probe
+from lab import concepts, probe
 from lab.test_lab import run        # noqa: F401, a fixture
 from lab.tools import change
 
@@ -40,3 +41,29 @@ def test_real_text_is_probed_at_the_prompts_end():
     found = probe.examples(run, some, 2)
     assert found == [(tok.prompt(text), concept, text, {"prompt's end": len(tok.prompt(text)) - 1})
                      for text, concept in (("a cat", 0), ("a dog", 1))]
+
+
+def test_each_concept_has_its_own_rates(monkeypatch, tmp_path):
+    """Of cat, dog, eel: the second supplied text is wrong, no prompt tells eel, no flag says cat."""
+    names = ["cat", "dog", "eel"]
+    texts = [D.Example("", name, (name,), False) for name in ("cat", "dog", "dog")]
+    right = lambda found, i: found == [1]
+    run = SimpleNamespace(
+        data=SimpleNamespace(concepts=names, test=texts), size=SimpleNamespace(prompts=1),
+        train=[D.Row([], [], label) for label in ((1.0, 0.0, 0.0), (1.0, 1.0, 0.0))], out=tmp_path,
+        judge=lambda texts: [[names.index(text)] if text in names else [] for text in texts],
+        asked={"supplied": ([], F.hot(3, [[0], [0], [1]]), lambda found, i: found == [i // 2]),
+               "conflict": ([], F.hot(3, [[1], [1], [2]]), right),
+               "neutral": ([], F.hot(3, [[0], [1], [2]]), right)})
+    written = {"supplied": ["cat", "dog", "dog"], "conflict": ["cat", "dog", "dog"],
+               "neutral": ["cat", "dog", "?"]}
+    monkeypatch.setattr(F, "train_all", lambda run: ({"flags": None}, None))
+    monkeypatch.setattr(F, "ask", lambda run, model, name: (written[name], None))
+    even = concepts.job(run, None)["mean of the concepts"]
+    table = json.loads((tmp_path / "concepts.json").read_text())
+    assert [table[name]["examples"] for name in names] == [2, 1, 0]
+    rates = {key: [table[name][key] and (table[name][key]["mean"], table[name][key]["n"])
+                   for name in names] for key in ("judge", *concepts.ASKED)}
+    assert rates == {"judge": [(1, 1), (1, 2), None], "supplied": [(0.5, 2), (1, 1), None],
+                     "conflict": [None, (0.5, 2), (1, 1)], "neutral": [(0, 1), (1, 1), (0, 1)]}
+    assert even == {"supplied": 1, "conflict": 0.5, "neutral": 1}       # of dog alone
