@@ -132,15 +132,16 @@ def test_every_starter_imports_and_has_one_exercise_open(number, tmp_path):
         node = make.find((folder / file).read_text(), name)
         assert ast.get_docstring(node) and isinstance(node.body[-1], ast.Raise)
 
-    def python(*command):
-        return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True,
-                              text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    done = python("-c", "import flags, model, data; from lab import compare, probe, producing")
-    assert done.returncode == 0, done.stderr
+    lines = ["import flags, model, data, runpy, sys", "from lab import compare, probe, producing"]
     if number not in ("5", "11"):
-        done = python("exercises/check.py", number, "--json")
+        lines += [f"sys.argv = ['check.py', '{number}', '--json']",
+                  "runpy.run_path('exercises/check.py', run_name='__main__')"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=folder, text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == (len(lines) > 2), done.stderr
+    if len(lines) > 2:
         told = json.loads(done.stdout)
-        assert done.returncode == 1 and told["hint"] == "not written yet", done.stderr
+        assert told["hint"] == "not written yet", done.stderr
         assert told["points"] < told["of"]
     cut = "(cut: it is the exercise)" in (folder / "README.md").read_text()
     assert cut == (number in ("3", "4") and "reads.append" in (ROOT / "README.md").read_text())
