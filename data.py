@@ -242,7 +242,7 @@ def real_data(name, concepts, items):
 
 # ---------------------------------------------------------------------------- the tokenizer
 
-END = "<|end|>"     # the one special token: it begins and ends every sequence
+END = "<|end|>"     # the one special token: it begins and ends a sequence
 
 # GPT-2's way to cut text into pieces: a word with the space before it, a number, a run of signs, a
 # run of white space. Limits, and 4 letters of scripts that write no spaces, keep `train_bpe` fast.
@@ -341,7 +341,7 @@ def encode(examples, tokenizer, concepts, context):
         prompt, text = tokenizer.prompt(e.prompt), tokenizer.encode(" " + e.text) + [tokenizer.end]
         label = tuple(float(concept in e.concepts) for concept in concepts)
         # the last token of the text is only predicted, never read: hence the + 1
-        rows.append(Row(prompt, text[:max(0, context - len(prompt) + 1)], label))
+        rows.append(Row(prompt, text[:context - len(prompt) + 1], label))
         if len(prompt) > context:
             long.append(f"{e.prompt[:30]!r} in line {e.line}".removesuffix(" in line 0"))
     if long:

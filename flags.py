@@ -9,8 +9,8 @@ arXiv 2602.07828. The idea:
      units of a flag's height), y in {0, 1}^K the labels. The model learns to raise flags by itself.
   3. Stage 2, rely: the same, and in most sequences the slice is then overwritten with y. Now the
      concept stands reliably at a fixed place. The model comes to read it there.
-  4. Now the flags are switches. Overwrite them and the text changes, in our stories even against
-     the prompt; blank them (all 0), and the texts stop following the prompt.
+  4. Now the flags are switches. In our stories: overwrite them and the text changes, even against
+     the prompt; blank them (all 0), and it stops following the prompt.
 
     stream      =====[block 1]=====[block 2]========[block 3]========[block 4]======> head, LM loss
     its slice   -----[       ]-----[       ]--f  y--[       ]--f  y--[       ]--f  y->
@@ -30,9 +30,9 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -41,13 +41,12 @@ import torch
 import torch.nn.functional as F
 
 import data as D
-from data import Stop
 from model import GPT, LAST, Config, fast_bfloat16, load_pretrained, optimizers
 
 
 @dataclasses.dataclass
 class Size:
-    """What a result depends on, besides the data and the seed. --set changes any of it."""
+    """What a result depends on, besides data, seed and checkpoint. --set changes any of it."""
     flags: int = 16             # K: of stories and wordnet the first K concepts
     layers: int = 4             # L
     heads: int = 4
@@ -68,7 +67,7 @@ class Size:
     weight: float = 24.0        # lambda, of the flag loss
     height: float = 6.0         # a raised flag, in RMS (root mean square) of the base's stream
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
-    prompts: int = 256          # held-out prompts behind every rate
+    prompts: int = 256          # held-out prompts behind a rate, at most
     track: int = 48             # held-out prompts behind every point of a trajectory
     every: int = 100            # steps from one point of a trajectory to the next
     top: int = 0                # finetune the last `top` blocks alone; 0: everything
@@ -109,23 +108,21 @@ def install(flags, batch, p):
     edit(layer, x, pos) is called after each block with the stream x (B, T, C). After blocks >= k it
     reads the slice, then overwrites it in place, in x's dtype. flag_loss(), called after that, is
     the mean of (f - y)^2 over these blocks, all flags, and the flag positions of all sequences
-    together; f is what was read, divided by height. Flag positions are those with a target (>= 0):
-    there the model is about to write, from the last token of the prompt on. A sequence is supplied
-    if its batch.draw (B,), uniform and new at each step, is below p: then at its flag positions the
-    slice becomes height * y. Through it no gradient of the LM loss passes: what the model itself
-    puts there is taught by the flag loss alone.
-    """
+    together; f is what was read, divided by height. Flag positions are those with a target (>= 0),
+    from the last token of the prompt on. A sequence is supplied if its batch.draw (B,), uniform and
+    new at each step, is below p: then at its flag positions the slice becomes height * y. Through
+    it no gradient of the LM loss passes: there the flag loss alone teaches."""
     idx, targets, y, draw = batch                       # (B, T), (B, T), (B, K), (B,)
     on = (targets >= 0)[..., None]                      # (B, T, 1) flag positions
     write = on & (draw < p)[:, None, None]              # (B, T, 1) those of the supplied sequences
     y, reads = y[:, None], []                           # (B, 1, K)
 
     def edit(layer, x, pos):                            # x (B, T, C), after block `layer`
-        if layer >= flags.layer:
+        if layer >= flags.layer:    # after each later block, too: each may add to the slice
             own = x[..., flags.slice]                   # read: a view of x, (B, T, K)
             reads.append(own / flags.height)            # a copy, for the loss: own changes next
             x[..., flags.slice] = torch.where(write, flags.height * y.to(x.dtype), own)
-        return x    # again after each later block, since each may add something to the slice
+        return x
 
     def flag_loss():    # at flag positions of all sequences, after all blocks >= k, of all flags
         errors = (torch.stack(reads) - y) ** 2 * on                 # (L - k + 1, B, T, K)
@@ -192,11 +189,10 @@ def lm_loss(model, batch, edit=None):
     return F.cross_entropy(logits.float(), batch.targets[at])
 
 
-def train(run, name, model, steps, method=lambda step, batch: (None, lambda: torch.zeros(()))):
-    """Train for `steps` steps. run: the sizes, examples, flags and folder that `prepare` settles.
-    method(step, batch) -> (edit, flag_loss): by default LM loss alone; `train_all` hands over
-    the flags model's. Chance depends on seed and step: a run that was stopped goes on from
-    run.out/name.pt, on a CPU to the same bits. Returns {"step", "log", "seconds", "tokens"}."""
+def train(run, name, model, steps, method=None):
+    """Train for `steps` steps; returns {"step", "log", "seconds", "tokens"}. run: see `prepare`.
+    method(step, batch) -> (edit, flag_loss); without it, LM loss alone. All chance depends on seed
+    and step: a run that was stopped goes on from run.out/name.pt, on a CPU to the same bits."""
     s, file = run.size, run.out / f"{name}.pt"
     opts = optimizers(model, s.lr, s.embedding_lr, s.decay)     # of the matrices, of the rest
     done = load_checkpoint(run, file, model, opts)
@@ -204,17 +200,17 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
     for step in range(done["step"], steps):
         started = time.time()
         batch = D.batch(run.train, step, s.batch, run.seed, s.no_prompt).to(run.device)
-        edit, flag_loss = method(step, batch)
+        edit, flag_loss = method(step, batch) if method else (None, lambda: 0.0)
         lm = lm_loss(model, batch, edit)        # on the way, edit reads and overwrites the slice
         flag = flag_loss()                      # so this comes second
         (lm + s.weight * flag).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not norm.isfinite():
-            raise Stop(f"{name}, step {step}: LM loss {lm:.3g}, flag loss {flag:.3g}, gradient "
+            raise D.Stop(f"{name}, step {step}: LM loss {lm:.3g}, flag loss {flag:.3g}, gradient "
                        f"{norm:.3g}; lower the learning rates (--set lr=... embedding_lr=...)")
-        now = min((step + 1) / warm, (steps - step) / (steps - warm + 1))   # up, then down
+        scale = min((step + 1) / warm, (steps - step) / (steps - warm + 1))     # up, then down
         for opt, peak in zip(opts, (s.lr, s.embedding_lr)):
-            opt.param_groups[0]["lr"] = peak * now
+            opt.param_groups[0]["lr"] = peak * scale
             opt.step()
             opt.zero_grad()
 
@@ -222,12 +218,12 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
         done["seconds"] += time.time() - started
         done["tokens"] += batch.idx.numel()
         noted = done["step"] % s.every == 0 or done["step"] in (s.produce, steps)
-        if noted:
+        if noted and name != "base":
             done["log"].append(look(run, name, model, step))
         if done["step"] == steps or time.time() - saved_at > 30:
             save_checkpoint(run, file, model, opts, done)
             saved_at = time.time()
-        figures = f"  lm {lm:.3f}  flags {flag:.3f}" + "".join(
+        figures = f"  lm {lm:.3f}" + f"  flags {flag:.3f}" * bool(flag) + "".join(
             f"  {key} {x:.3f}" for key, x in (done["log"] or [{}])[-1].items() if key in RATES)
         left = (steps - done["step"]) * done["seconds"] / done["step"]
         progress(f"{name:8s}{done['step']:5d}/{steps}{figures}", left, end=noted)
@@ -235,11 +231,10 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
 
 
 def look(run, name, model, step):
-    """A point of the log: held-out losses; of a finetuned model also its RATES, see below."""
+    """A point of the log of a finetuned model: held-out losses, and its RATES, see below."""
     point = dict(zip(("lm_loss", "flag_loss"), held_out(run, model)), step=step + 1,
-                 stage="base" if name == "base" else 1 if step < run.size.produce else 2)
-    rates = () if name == "base" else RATES
-    return point | {key: ask(run, model, key, run.size.track)[1]["mean"] for key in rates}
+                 stage=1 if step < run.size.produce else 2)
+    return point | {key: ask(run, model, key, run.size.track)[1]["mean"] for key in RATES}
 
 
 @torch.no_grad()
@@ -256,10 +251,11 @@ def held_out(run, model, rows=None):
 
 
 def train_together(jobs):
-    """train(*job) for each job: what was done. On a CPU side by side, one thread each: faster."""
+    """train(*job) for each job: what was done. On Linux without GPU side by side: faster."""
     threads = torch.get_num_threads()
     if sys.platform == "linux" and jobs[0][0].device.type == "cpu" and threads > 1:
         for job in jobs:
+            warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)     # since Python 3.12
             if os.fork() == 0:                                  # the child, which
                 ctypes.CDLL(None).prctl(1, 9)       # PR_SET_PDEATHSIG, SIGKILL: ends with us
                 torch.set_num_threads(1)                        # more would hang after a fork
@@ -270,19 +266,19 @@ def train_together(jobs):
         for job in jobs:
             os.wait()
         torch.set_num_threads(1)
-    done = [train(*job) for job in jobs]        # only loads, unless a process was killed
+    done = [train(*job) for job in jobs]        # if processes did it, this only loads
     torch.set_num_threads(threads)
     return done
 
 
 # ---------------------------------------------------------------------------- measurements
-# Each is the same three calls: a question says prompts and flags, texts are written, a judge reads.
+# A rate is always three calls: a question says prompts and flags, texts are written, a judge reads.
 
 RATES = ("intact", "blank", "conflict")
 
 
 def questions(data, n, seed):
-    """What is asked of every model: {name: (prompts, flags, score)}, of at most n held-out prompts.
+    """What may be asked of a model: {name: (prompts, flags, score)}, of at most n held-out prompts.
     flags (B, K), None: free. score(text, i): of the i-th text, given the concepts found in it."""
     chance, K = random.Random(seed), len(data.concepts)
     examples = list({e.prompt: e for e in data.test}.values())
@@ -373,13 +369,15 @@ def fluency(run, base, texts):
     pairs = [(text, real[b][i % len(real[b])]) for i, (text, b) in enumerate(zip(texts, flagged))
              if text and real[b]][:256]
     bare = [D.Example("", text, (), False) for pair in pairs for text in pair]
-    rows = counted("measuring nll_gap, text", D.encode(bare, run.tok, [], run.size.context))
-    nll = [lm_loss(base, D.pad([row]).to(run.device)).item() for row in rows]
+    rows = D.encode(bare, run.tok, [], run.size.context)        # cuts real texts, as ours are
+    nll = [lm_loss(base, D.pad([row]).to(run.device)).item()
+           for row in counted("measuring nll_gap, text", rows)]
+    seen = [run.tok.decode([i for i in row.text if i != run.tok.end]) for row in rows]
 
     def distinct2(texts):   # the share of pairs of words that are different
         bigrams = [pair for words in map(D.split_words, texts) for pair in zip(words, words[1:])]
         return len(set(bigrams)) / max(1, len(bigrams))
-    ours, theirs = (distinct2(texts) for texts in zip(*pairs)) if pairs else (0, 0)
+    ours, theirs = distinct2(seen[::2]), distinct2(seen[1::2])
     ratio = {"mean": ours / (theirs or 1), "low": None, "high": None, "n": len(pairs)}
     return stat(np.subtract(nll[::2], nll[1::2])), ratio if ours and theirs else None
 
@@ -412,15 +410,16 @@ def prepare(args):
     try:
         chosen = {name: kinds[name](x) for name, x in (item.split("=") for item in args.set)}
     except (KeyError, ValueError):
-        raise Stop(f"--set wants FIELD=NUMBER, not {' '.join(args.set)}: {', '.join(kinds)}")
+        raise D.Stop(f"--set wants FIELD=NUMBER, not {' '.join(args.set)}: {', '.join(kinds)}")
     for name, x in [*chosen.items(), ("seed", args.seed)]:
-        if not (0 < x < 2 ** 32 or x == 0 and name in MAY_BE_0):
-            raise Stop(f"{name}={x} is out of range")
+        most = 1 if name in ("supply", "no_prompt") else 2 ** 32 - 1
+        if not (0 < x <= most or x == 0 and name in MAY_BE_0):
+            raise D.Stop(f"{name}={x} is out of range")
     print(f"loading {args.init or args.data}" + bool(args.init) * ", half a minute", flush=True)
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
                   chosen.get("stories", s.stories))
     if data.name != "stories":
-        n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # <= 10 epochs
+        n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # some 10 epochs
         s = dataclasses.replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10),
                                 rely=n, wean=n // 5, lr=s.lr * (2 if n < 2000 else 1),
                                 decay=24 / n ** 0.5)
@@ -440,13 +439,13 @@ def prepare(args):
         torch.manual_seed(args.seed)
         base = GPT(Config(vocab, s.context, s.layers, s.heads, s.width))
     if not 1 <= s.layer <= s.layers or not 2 <= K <= s.width or s.width % s.heads:
-        raise Stop(f"no room for {K} flags: block {s.layer} of {s.layers}, width {s.width}, "
+        raise D.Stop(f"no room for {K} flags: block {s.layer} of {s.layers}, width {s.width}, "
                    f"{s.heads} heads")
     train, test = (D.encode(counted("encoding, text", examples), tok, data.concepts, s.context)
                    for examples in (data.train, data.test))
     asked = questions(data, s.prompts, args.seed)
     if not asked["intact"][0]:
-        raise Stop(f"{args.data}: no held-out prompt tells one concept: nothing to steer against")
+        raise D.Stop(f"{args.data}: no held-out prompt tells one concept: nothing to steer against")
     out.mkdir(parents=True, exist_ok=True)
     judge, held = D.make_judge(data, counted), data.test[:12 * s.prompts]
     accuracy = stat(bool(found) and {data.concepts[i] for i in found} <= set(e.concepts)
@@ -454,7 +453,7 @@ def prepare(args):
     if accuracy["mean"] < 0.6:
         print(f"The judge is right on {accuracy['mean']:.2f} of real texts: this judge cannot tell "
               "these concepts apart; more examples, or fewer concepts")
-    for file in [*out.glob("*.pt"), out / "results.json"] if args.fresh else ():
+    for file in [*out.glob("*.pt"), *out.glob("*.tmp"), out / "results.json"] * args.fresh:
         file.unlink(missing_ok=True)
     return argparse.Namespace(
         size=s, data=data, tok=tok, seed=args.seed, device=device, out=out, base=base.to(device),
@@ -474,10 +473,11 @@ def out_folder(args):       # where results go, and where --steer looks for them
 def train_all(run):
     """The base, the control and the flags model, and what was done for each."""
     s, base, steps = run.size, run.base, run.size.produce + run.size.rely
+    cut = sum(row.text[-1:] != [run.tok.end] for row in run.train)
     print(f"{sum(p.numel() for p in base.parameters()):,} parameters on {run.device}, "
-          f"{len(run.train):,} examples of {run.data.name}. Base {s.base} steps, then control and "
-          f"flags model {steps} each, of {s.batch} texts. Results go to {run.out}"
-          + any(run.out.glob("*.pt")) * ": goes on from its *.pt files (--fresh starts over)")
+          f"{len(run.train):,} examples of {run.data.name} ({cut:,} cut: context={s.context}). "
+          f"Base {s.base} steps, control and flags {steps}, of {s.batch} texts. Results: {run.out}"
+          + any(run.out.glob("*.pt")) * "; goes on from its *.pt files (--fresh starts over)")
     done = {"base": train(run, "base", base.requires_grad_(True), s.base)}
     run.flags.height = s.height * loudness(run, base)
     if s.top:
@@ -503,7 +503,7 @@ def main_job(run):
     results = {
         "size": run.settings["size"], "data": run.data.name, "seed": run.seed,
         "device": str(run.device), "torch": torch.__version__,
-        "commit": subprocess.getoutput(f"{git} 2> /dev/null") or None,
+        "commit": os.popen(f"{git} 2> /dev/null").read().strip() or None,
         "parameters": sum(p.numel() for p in base.parameters()),
         "seconds": {name: did["seconds"] for name, did in done.items()},
         "tokens_per_second": {m: did["tokens"] / (did["seconds"] or 1) for m, did in done.items()},
@@ -606,9 +606,9 @@ def read_checkpoint(file, settings={}):
         other = [key for key, value in settings.items() if saved["settings"].get(key) != value]
         saved["model"], saved["merges"]
     except Exception as error:      # whatever reading a broken file raises
-        raise Stop(f"{file} is no whole checkpoint ({type(error).__name__}); --fresh starts over")
+        raise D.Stop(f"{file} is no whole checkpoint ({type(error).__name__}); --fresh starts over")
     if other:
-        raise Stop(f"{file} was made with another {', another '.join(other)}; "
+        raise D.Stop(f"{file} was made with another {', another '.join(other)}; "
                    "--fresh starts over, --out DIR goes elsewhere")
     return saved
 
@@ -620,7 +620,7 @@ def write(file, save):
         save(beside)
         os.replace(beside, file)
     except (OSError, RuntimeError) as error:        # torch hides the one in the other
-        raise Stop(f"{file} can't be written: {error.__context__ or error}; the old one is whole")
+        raise D.Stop(f"{file} can't be written: {error.__context__ or error}; the old one is whole")
     finally:
         beside.unlink(missing_ok=True)
 
@@ -631,7 +631,7 @@ def load_model(args):
     """A finished run's model, tokenizer, concepts and flags."""
     file = out_folder(args) / "flags.pt"
     if not (file.parent / "results.json").exists():     # written after all models
-        raise Stop(f"no finished run in {file.parent}; without --steer, --on, --off: make one")
+        raise D.Stop(f"no finished run in {file.parent}; without --steer, --on, --off: make one")
     saved = read_checkpoint(file)
     if saved["merges"] is not None:
         model, tok = GPT(Config(**saved["config"])), D.make_tokenizer(saved["merges"])
@@ -646,7 +646,7 @@ def steer_by_hand(args):
     model, tok, names, flags = load_model(args)
     on, off = ({D.normal(name) for name in some} for some in (args.on, args.off))
     if on & off or (on | off) - set(names):
-        raise Stop(f"--on and --off take different names of {', '.join(names)}")
+        raise D.Stop(f"--on and --off take different names of {', '.join(names)}")
     ids = tok.prompt(args.steer or "")
     own = own_flags(model, flags, [ids])[0].tolist()
     print("the model's own flags: " + ", ".join(
@@ -687,7 +687,7 @@ def main(argv=None):
             steer_by_hand(args)
         else:
             main_job(prepare(args))
-    except (Stop, OSError, torch.OutOfMemoryError) as stop:
+    except (D.Stop, OSError, torch.OutOfMemoryError) as stop:
         print(f"flags.py: {stop}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

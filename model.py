@@ -39,8 +39,7 @@ def attend(q, k, v, bias):
     """Attention of queries q (B, H, T, D) over keys and values k, v (B, H, S, D).
 
     bias (T, S) or (B, 1, T, S) is 0 or, where a query must not look, -inf; None: all is seen.
-    On a CPU the backward pass of torch's fused kernel is slow at short lengths: two matmuls then.
-    """
+    The backward pass of torch's fused kernel is slow on a CPU at short lengths: two matmuls."""
     if bias is None or q.is_cuda or q.size(-2) > 256:
         return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)             # (B, H, T, S)
@@ -324,6 +323,8 @@ def fast_bfloat16(device):
     """Whether this device has instructions for it. A CPU without is 10 times faster in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":     # older ones emulate it
+        return torch.cpu._is_avx512_bf16_supported()
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -339,8 +340,7 @@ class Muon(torch.optim.Muon):
 def optimizers(model, lr, embedding_lr, decay):
     """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for embeddings and norms.
 
-    On the stories Muon needs less than half of AdamW's steps. Embeddings want a far higher rate.
-    """
+    On the stories Muon needs less than half of AdamW's steps. Embeddings want a far higher rate."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad]
     rest = [p for p in model.parameters() if p.requires_grad and p not in set(matrices)]
     opts = [Muon(matrices, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")]

@@ -62,7 +62,7 @@ def shard(model, device):
     return model.to(device)
 
 
-def train(run, name, model, steps, method=lambda step, batch: (None, lambda: torch.zeros(()))):
+def train(run, name, model, steps, method=None):
     """flags.train with parts and sharded states. Its checkpoints suit any number of processes."""
     s, file, micro = run.size, run.out / f"{name}.pt", run.micro
     opts = optimizers(model, s.lr, s.embedding_lr, s.decay)
@@ -77,7 +77,7 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
         started, total = time.time(), torch.zeros(2, device=run.device)
         batch = D.batch(run.train, step, s.batch, run.seed, s.no_prompt).to(run.device)
         for share, part in parts(batch, micro):
-            edit, flag_loss = method(step, part)
+            edit, flag_loss = method(step, part) if method else (None, lambda: torch.zeros(()))
             lm, flag = F.lm_loss(model, part, edit), flag_loss().to(run.device)
             (share * (lm + s.weight * flag)).backward()
             total += share * torch.stack([lm, flag]).detach()
@@ -97,7 +97,7 @@ def train(run, name, model, steps, method=lambda step, batch: (None, lambda: tor
         done["seconds"] += time.time() - started
         done["tokens"] += batch.idx.numel()
         noted = done["step"] % s.every == 0 or done["step"] in (s.produce, steps)
-        if noted:
+        if noted and name != "base":
             done["log"].append(F.look(run, name, model, step) | {"train_loss": total[0].item()})
         due = torch.tensor([done["step"] == steps or time.time() - saved_at > 300.0],
                            dtype=torch.float, device=run.device)

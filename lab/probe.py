@@ -155,11 +155,10 @@ def job(run, args):
 
     def look_and_read(run, name, model, step):      # every point of the log: what is readable
         point = look(run, name, model, step)        # there, after the last block
-        if name != "base":
-            parts, (y, y_test), clamped = material(run, 600)
-            x, x_test = (activations(run, model, *both)[middle][:, -1]
-                         for both in zip(parts, clamped))
-            point["readable"] = hits(ridge, x, y, x_test, y_test, len(run.data.concepts))
+        parts, (y, y_test), clamped = material(run, 600)
+        x, x_test = (activations(run, model, *both)[middle][:, -1]
+                     for both in zip(parts, clamped))
+        point["readable"] = hits(ridge, x, y, x_test, y_test, len(run.data.concepts))
         return point
     flags.look = look_and_read
     flags.train(run, "base", run.base, s.base)

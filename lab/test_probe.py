@@ -44,7 +44,7 @@ def test_real_text_is_probed_at_the_prompts_end():
 
 
 def test_each_concept_has_its_own_rates(monkeypatch, tmp_path):
-    """Of cat, dog, eel: the second supplied text is wrong, no prompt tells eel, no flag says cat."""
+    """The second supplied text is wrong, no prompt tells eel, no conflicting flag says cat."""
     names = ["cat", "dog", "eel"]
     texts = [D.Example("", name, (name,), False) for name in ("cat", "dog", "dog")]
     right = lambda found, i: found == [1]
