@@ -48,7 +48,7 @@ from model import GPT, LAST, Config, fast_bfloat16, load_pretrained, optimizers
 class Size:
     """What a result depends on, besides data, seed and checkpoint. --set changes any of it."""
     flags: int = 16             # K: of stories and wordnet the first K concepts
-    layers: int = 4             # L
+    layers: int = 4             # L (a checkpoint has its own, as of heads, width and vocab)
     heads: int = 4
     width: int = 128            # C
     context: int = 128          # tokens
@@ -419,7 +419,7 @@ def prepare(args):
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
                   chosen.get("stories", s.stories))
     if data.name != "stories":
-        n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # some 10 epochs
+        n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # <= 11 epochs
         s = dataclasses.replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10),
                                 rely=n, wean=n // 5, lr=s.lr * (2 if n < 2000 else 1),
                                 decay=24 / n ** 0.5)

@@ -1,4 +1,4 @@
-"""Tests of lab.probe where it leaves the stories (held flags, real text), and of lab.concepts."""
+"""Tests of lab.probe off the stories (held flags, real text), lab.concepts, and bfloat16."""
 import copy
 import json
 from types import SimpleNamespace
@@ -8,6 +8,7 @@ import torch
 
 import data as D
 import flags as F
+import model as M
 from lab import concepts, probe
 from lab.test_lab import run        # noqa: F401, a fixture
 from lab.tools import change
@@ -67,3 +68,13 @@ def test_each_concept_has_its_own_rates(monkeypatch, tmp_path):
     assert rates == {"judge": [(1, 1), (1, 2), None], "supplied": [(0.5, 2), (1, 1), None],
                      "conflict": [None, (0.5, 2), (1, 1)], "neutral": [(0, 1), (1, 1), (0, 1)]}
     assert even == {"supplied": 1, "conflict": 0.5, "neutral": 1}       # of dog alone
+
+
+@pytest.mark.parametrize("kind, native, fast", [
+    ("AVX512", False, False), ("AVX512", True, True), ("DEFAULT", False, True)])    # the last: ARM
+def test_bfloat16_is_for_processors_that_have_it(monkeypatch, kind, native, fast):
+    """oneDNN says that it supports it where it only emulates it, too."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kind)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert M.fast_bfloat16(torch.device("cpu")) == fast
