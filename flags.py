@@ -24,7 +24,6 @@ was finetuned by the LM loss alone, and draws. B, T, C, K, L: batch, time, chann
 import argparse
 import copy
 import ctypes
-import dataclasses
 import json
 import os
 import random
@@ -34,6 +33,7 @@ import sys
 import time
 import warnings
 import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ import data as D
 from model import GPT, LAST, Config, fast_bfloat16, load_pretrained, optimizers
 
 
-@dataclasses.dataclass
+@dataclass
 class Size:
     """What a result depends on, besides data, seed and checkpoint. --set changes any of it."""
     flags: int = 16             # K: of stories and wordnet the first K concepts
@@ -89,7 +89,7 @@ MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt
 
 # ---------------------------------------------------------------------------- the idea
 
-@dataclasses.dataclass
+@dataclass
 class Flags:
     """Where the flags live: in K channels of the stream, after block `layer` and all later ones."""
     layer: int              # k, 1 ... L
@@ -420,19 +420,19 @@ def prepare(args):
                   chosen.get("stories", s.stories))
     if data.name != "stories":
         n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # <= 11 epochs
-        s = dataclasses.replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10),
-                                rely=n, wean=n // 5, lr=s.lr * (2 if n < 2000 else 1),
-                                decay=24 / n ** 0.5)
+        s = replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10), rely=n,
+                    wean=n // 5, lr=s.lr * (2 if n < 2000 else 1), decay=24 / n ** 0.5)
     if args.init:
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
         L = base.config.n_layer
-        s = dataclasses.replace(s, **CHECKPOINT, layer=3 * L // 4, top=L - 3 * L // 4 + L // 8 + 1)
+        s = replace(s, **CHECKPOINT, layer=3 * L // 4, top=L - 3 * L // 4 + L // 8 + 1)
         if not data.words:      # text of which the checkpoint knows much: smaller steps
-            s = dataclasses.replace(s, batch=64, produce=15, rely=60, lr=0.005, no_prompt=0.5)
-        if device.type == "cuda":       # there is time for all of it, and for more steps
-            s = dataclasses.replace(s, batch=max(64, 2 * s.batch), rely=600, top=0, every=100)
+            s = replace(s, batch=64, produce=15, rely=60, lr=0.005, no_prompt=0.5)
+        if device.type == "cuda":       # there is time for all blocks, and for more steps
+            s = replace(s, batch=max(64, 2 * s.batch), rely=600, top=0, every=100,
+                        layer=s.layer if data.words else max(1, 2 * L // 5))
         chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context, heads=1)
-    s, K = dataclasses.replace(s, **chosen), len(data.concepts)
+    s, K = replace(s, **chosen), len(data.concepts)
     if not args.init:
         tok = D.train_bpe((f"{e.prompt} {e.text}" for e in data.train[:20_000]), s.vocab)
         vocab = -(-(tok.n_vocab + K) // 64) * 64    # room for control tokens (lab.compare)
@@ -552,7 +552,7 @@ def progress(line, left, end=False, shown=[0.0]):   # a terminal keeps `end` lin
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     if end or time.time() - shown[0] > (0.5 if terminal else 5):
         shown[0], width = time.time(), shutil.get_terminal_size().columns - 1
-        line += f"  ETA {left // 60:.0f}:{left % 60:02.0f}" if left or end else ""
+        line += f"  ETA {round(left) // 60}:{round(left) % 60:02}" if left or end else ""
         print(line[:width].ljust(width) if terminal else line, flush=True,
               end="\r" if terminal and not end else "\n")
 

@@ -78,14 +78,14 @@ def test_the_schedule_of_real_text_and_of_a_gpu(tmp_path, monkeypatch):
     tokenizer().save_pretrained(folder)
     small("llama", 320).save_pretrained(folder)
     prepare = lambda *more: F.prepare(F.parser().parse_args(["--data", data, "--out", out, *more]))
-    run, fields = prepare(), ("rely", "base", "wean", "batch", "lr", "top")
+    run, fields = prepare(), ("rely", "base", "wean", "batch", "lr", "top", "layer")
     n = round(len(run.data.train) / 12)                     # ten epochs of 128
-    assert [vars(run.size)[key] for key in fields] == [n, max(48, n // 7), n // 5, 128, 0.02, 0]
+    assert [vars(run.size)[key] for key in fields] == [n, max(48, n // 7), n // 5, 128, 0.02, 0, 2]
     of_init = lambda: [vars(prepare("--init", str(folder)).size)[key] for key in fields]
-    assert of_init() == [60, 0, 0, 64, 0.005, 2]
+    assert of_init() == [60, 0, 0, 64, 0.005, 2, 3]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Pretrained, "to", lambda model, device: model)
-    assert of_init() == [600, 0, 0, 128, 0.005, 0]
+    assert of_init() == [600, 0, 0, 128, 0.005, 0, 1]
 
 
 def test_a_base_of_ours_is_the_same_by_this_path(tmp_path):
