@@ -58,7 +58,7 @@ class Size:
     base: int = 200             # steps of the base model
     produce: int = 50           # steps of stage 1
     rely: int = 600             # steps of stage 2
-    wean: int = 0               # the last steps of stage 2, in which p is a third of `supply`
+    wean: int = 0               # the last steps of stage 2 in which p falls to a third (real text)
     lr: float = 0.01            # peak learning rate of the matrices ...
     embedding_lr: float = 0.03  # ... and of everything else
     decay: float = 0.3          # weight decay of the matrices
@@ -112,7 +112,7 @@ def install(flags, batch, p):
     from the last token of the prompt on. A sequence is supplied if its batch.draw (B,), uniform and
     new at each step, is below p: then at its flag positions the slice becomes height * y. Through
     it no gradient of the LM loss passes: there the flag loss alone teaches."""
-    idx, targets, y, draw = batch                       # (B, T), (B, T), (B, K), (B,)
+    _, targets, y, draw = batch                         # (B, T), (B, T), (B, K), (B,)
     on = (targets >= 0)[..., None]                      # (B, T, 1) flag positions
     write = on & (draw < p)[:, None, None]              # (B, T, 1) those of the supplied sequences
     y, reads = y[:, None], []                           # (B, 1, K)
@@ -185,14 +185,14 @@ def lm_loss(model, batch, edit=None):
     """Mean loss (nats per token) over the text's tokens; the prompt's are given, not predicted."""
     at, device = batch.targets >= 0, batch.idx.device       # (B, T)
     with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
-        logits = model(batch.idx, edit, at=at)      # (N, V), of N targets
+        logits = model(batch.idx, edit, at=at)      # (N, V): the head at the N targets
     return F.cross_entropy(logits.float(), batch.targets[at])
 
 
 def train(run, name, model, steps, method=None):
     """Train for `steps` steps; returns {"step", "log", "seconds", "tokens"}. run: see `prepare`.
-    method(step, batch) -> (edit, flag_loss); without it, LM loss alone. All chance depends on seed
-    and step: a run that was stopped goes on from run.out/name.pt, on a CPU to the same bits."""
+    method(step, batch) is install(run.flags, batch, supply(s, step)); None: LM loss alone. Chance
+    depends on seed and step: a stopped run goes on from run.out/name.pt, on a CPU to the same bits."""
     s, file = run.size, run.out / f"{name}.pt"
     opts = optimizers(model, s.lr, s.embedding_lr, s.decay)     # of the matrices, of the rest
     done = load_checkpoint(run, file, model, opts)
