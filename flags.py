@@ -192,7 +192,7 @@ def lm_loss(model, batch, edit=None):
 def train(run, name, model, steps, method=None):
     """Train for `steps` steps; returns {"step", "log", "seconds", "tokens"}. run: see `prepare`.
     method(step, batch) is install(run.flags, batch, supply(s, step)); None: LM loss alone. Chance
-    depends on seed and step: a stopped run goes on from run.out/name.pt, on a CPU to the same bits."""
+    depends on seed and step: it goes on from run.out/name.pt if stopped, on a CPU bit for bit."""
     s, file = run.size, run.out / f"{name}.pt"
     opts = optimizers(model, s.lr, s.embedding_lr, s.decay)     # of the matrices, of the rest
     done = load_checkpoint(run, file, model, opts)
