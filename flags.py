@@ -52,7 +52,7 @@ class Size:
     heads: int = 4
     width: int = 128            # C
     context: int = 128          # tokens
-    stories: int = 55_000       # of the grammar, 41,600 of them for finetuning `small`
+    stories: int = 55_000       # of the grammar; finetuning `small` takes 41,600 of them
     vocab: int = 1008           # with 16 control tokens (lab.compare) a multiple of 64
     batch: int = 64             # sequences
     base: int = 200             # steps of the base model
@@ -81,7 +81,7 @@ SIZES = {
                    rely=1500, lr=0.005, layer=4),
 }
 REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, no_prompt=0.5,
-                 prompts=1024, track=128)       # steps, rate and decay: by how many examples
+                 prompts=1024, track=128)       # the rest: `prepare`; why: lab/README.md
 CHECKPOINT = dict(batch=16, base=0, produce=30, rely=100, wean=0, lr=0.02, embedding_lr=0.0003,
                   decay=0.0, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16, every=50)
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
@@ -191,10 +191,10 @@ def lm_loss(model, batch, edit=None):
 
 def train(run, name, model, steps, method=None):
     """Train for `steps` steps; returns {"step", "log", "seconds", "tokens"}. run: see `prepare`.
-    method(step, batch) is install(run.flags, batch, supply(s, step)); None: LM loss alone. Chance
-    depends on seed and step: it goes on from run.out/name.pt if stopped, on a CPU bit for bit."""
+    method(step, batch) is install(run.flags, batch, supply(s, step)); None: LM loss alone. Since
+    chance depends on seed and step, a stopped run goes on from run.out/name.pt (CPU: same bits)."""
     s, file = run.size, run.out / f"{name}.pt"
-    opts = optimizers(model, s.lr, s.embedding_lr, s.decay)     # of the matrices, of the rest
+    opts = optimizers(model, s.lr, s.embedding_lr, s.decay)     # Muon: matrices; AdamW: the rest
     done = load_checkpoint(run, file, model, opts)
     saved_at, warm = time.time(), min(20, steps // 10 + 1)
     for step in range(done["step"], steps):
@@ -217,16 +217,16 @@ def train(run, name, model, steps, method=None):
         done["step"] += 1
         done["seconds"] += time.time() - started
         done["tokens"] += batch.idx.numel()
+        figures = f"lm {lm:.3f}" + f"  flags {flag:.3f}" * bool(flag)
         noted = done["step"] % s.every == 0 or done["step"] in (s.produce, steps)
         if noted and name != "base":
             done["log"].append(look(run, name, model, step))
+            figures += "".join(f"  {key} {done['log'][-1][key]:.3f}" for key in RATES)
         if done["step"] == steps or time.time() - saved_at > 30:
             save_checkpoint(run, file, model, opts, done)
             saved_at = time.time()
-        figures = f"  lm {lm:.3f}" + f"  flags {flag:.3f}" * bool(flag) + "".join(
-            f"  {key} {x:.3f}" for key, x in (done["log"] or [{}])[-1].items() if key in RATES)
         left = (steps - done["step"]) * done["seconds"] / done["step"]
-        progress(f"{name:8s}{done['step']:5d}/{steps}{figures}", left, end=noted)
+        progress(f"{name:8s}{done['step']:5d}/{steps}  {figures}", left, end=noted)
     return done
 
 

@@ -626,7 +626,7 @@ def test_lambda_weighs_the_flag_loss_and_gradients_are_clipped(prepared, tmp_pat
         return [SimpleNamespace(param_groups=[{}], step=step, zero_grad=lambda: None)] * 2
     monkeypatch.setattr(F, "optimizers", fake)
     monkeypatch.setattr(F, "save_checkpoint", lambda *args: None)
-    monkeypatch.setattr(F, "look", lambda *args: {})
+    monkeypatch.setattr(F, "look", lambda *args: dict.fromkeys(F.RATES, 0.0))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, at: clip(p, at * most))
     for weight, most in ((0.0, 1e9), (24.0, 1e9), (240.0, 1e9), (240.0, 1.0)):
         run = resize(prepared, tmp_path, weight=weight)
