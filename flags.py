@@ -170,12 +170,12 @@ def own_flags(model, flags, prompts):
 
 def supply(s, step):
     """p at each step: 0 in stage 1, s.supply in stage 2, a third of it in the last s.wean steps."""
-    p = s.supply / 3 if step >= s.produce + s.rely - s.wean else s.supply
-    return p if step >= s.produce else 0.0
+    stage2 = s.supply if step < s.produce + s.rely - s.wean else s.supply / 3
+    return 0.0 if step < s.produce else stage2
 
 
 def loudness(run, base):
-    """RMS of the base's stream after block k, at flag positions. A raised flag is s.height RMS."""
+    """RMS of the base's stream after block k, at flag positions: flags.height is s.height of it."""
     batch = D.batch(run.train, 0, 16, run.seed).to(run.device)
     x = streams(base, batch.idx)[run.flags.layer - 1]
     return x[batch.targets >= 0].square().mean().sqrt().item()
@@ -213,7 +213,7 @@ def train(run, name, model, steps, method=None):
             opt.param_groups[0]["lr"] = peak * scale
             opt.step()
             opt.zero_grad()
-
+        # the rest only counts, logs, saves and shows
         done["step"] += 1
         done["seconds"] += time.time() - started
         done["tokens"] += batch.idx.numel()
