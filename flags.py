@@ -48,7 +48,7 @@ from model import GPT, LAST, Config, fast_bfloat16, load_pretrained, optimizers
 class Size:
     """What a result depends on, besides data, seed and checkpoint. --set changes any of it."""
     flags: int = 16             # K: of stories and wordnet the first K concepts
-    layers: int = 4             # L (a checkpoint has its own, as of heads, width and vocab)
+    layers: int = 4             # L (a checkpoint has its own layers, heads, width and vocab)
     heads: int = 4
     width: int = 128            # C
     context: int = 128          # tokens
@@ -80,11 +80,6 @@ SIZES = {
     "medium": Size(layers=8, heads=8, width=512, vocab=4096, batch=128, base=2000, produce=300,
                    rely=1500, lr=0.005, layer=4),
 }
-REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, no_prompt=0.5,
-                 prompts=1024, track=128)       # the rest: `prepare`; why: lab/README.md
-CHECKPOINT = dict(batch=16, base=0, produce=30, rely=100, wean=0, lr=0.02, embedding_lr=0.0003,
-                  decay=0.0, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16, every=50)
-MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
 
 
 # ---------------------------------------------------------------------------- the idea
@@ -110,12 +105,12 @@ def install(flags, batch, p):
     the mean of (f - y)^2 over these blocks, all flags, and the flag positions of all sequences
     together; f is what was read, divided by height. Flag positions are those with a target (>= 0),
     from the last token of the prompt on. A sequence is supplied if its batch.draw (B,), uniform and
-    new at each step, is below p: then at its flag positions the slice becomes height * y. Through
-    it no gradient of the LM loss passes: there the flag loss alone teaches."""
+    new at each step, is below p: then at its flag positions the slice becomes height * y. The LM
+    loss sends no gradient into what was overwritten: there the flag loss alone teaches."""
     _, targets, y, draw = batch                         # (B, T), (B, T), (B, K), (B,)
-    on = (targets >= 0)[..., None]                      # (B, T, 1) flag positions
+    y, on = y[:, None], (targets >= 0)[..., None]       # (B, 1, K); (B, T, 1) flag positions
     write = on & (draw < p)[:, None, None]              # (B, T, 1) those of the supplied sequences
-    y, reads = y[:, None], []                           # (B, 1, K)
+    reads = []                                          # f, (B, T, K), of each block >= k
 
     def edit(layer, x, pos):                            # x (B, T, C), after block `layer`
         if layer >= flags.layer:    # after each later block, too: each may add to the slice
@@ -175,7 +170,7 @@ def supply(s, step):
 
 
 def loudness(run, base):
-    """RMS of the base's stream after block k, at flag positions: flags.height is s.height of it."""
+    """RMS of the base's stream after block k, at flag positions: what Size.height counts in."""
     batch = D.batch(run.train, 0, 16, run.seed).to(run.device)
     x = streams(base, batch.idx)[run.flags.layer - 1]
     return x[batch.targets >= 0].square().mean().sqrt().item()
@@ -217,7 +212,7 @@ def train(run, name, model, steps, method=None):
         done["step"] += 1
         done["seconds"] += time.time() - started
         done["tokens"] += batch.idx.numel()
-        figures = f"lm {lm:.3f}" + f"  flags {flag:.3f}" * bool(flag)
+        figures = f"lm {lm:.3f}" + (f"  flags {flag:.3f}" if method else "")
         noted = done["step"] % s.every == 0 or done["step"] in (s.produce, steps)
         if noted and name != "base":
             done["log"].append(look(run, name, model, step))
@@ -279,7 +274,7 @@ RATES = ("intact", "blank", "conflict")
 
 def questions(data, n, seed):
     """What may be asked of a model: {name: (prompts, flags, score)}, of at most n held-out prompts.
-    flags (B, K), None: free. score(text, i): of the i-th text, given the concepts found in it."""
+    flags (B, K), None: free. score(seen, i): of text i, where the judge has seen these concepts."""
     chance, K = random.Random(seed), len(data.concepts)
     examples = list({e.prompt: e for e in data.test}.values())
     told = [[data.concepts.index(c) for c in e.concepts] if e.cued else [] for e in examples]
@@ -295,19 +290,19 @@ def questions(data, n, seed):
                    if size <= K] for size in (2, 3))
     return {
         # the prompt says a, and the flags:
-        "intact": (cued, None, lambda text, i: D.about(text, a[i])),
-        "supplied": (cued, hot(K, zip(a)), lambda text, i: D.about(text, a[i])),
-        "blank": (cued, 0 * hot(K, zip(a)), lambda text, i: D.about(text, a[i])),
-        "conflict": (cued, hot(K, zip(b)), lambda text, i: D.about(text, b[i])),
-        "kept": (cued, hot(K, zip(b)), lambda text, i: D.about(text, a[i])),
+        "intact": (cued, None, lambda seen, i: D.about(seen, a[i])),
+        "supplied": (cued, hot(K, zip(a)), lambda seen, i: D.about(seen, a[i])),
+        "blank": (cued, torch.zeros(len(a), K), lambda seen, i: D.about(seen, a[i])),
+        "conflict": (cued, hot(K, zip(b)), lambda seen, i: D.about(seen, b[i])),
+        "kept": (cued, hot(K, zip(b)), lambda seen, i: D.about(seen, a[i])),
         # the prompt says a pair, the flags its second:
         "suppress": ([prompt for prompt, _ in double], hot(K, [pair[1:] for pair in pairs]),
-                     lambda text, i: D.about(text, pairs[i][1]) and pairs[i][0] not in text),
+                     lambda seen, i: D.about(seen, pairs[i][1]) and pairs[i][0] not in seen),
         # the prompt says nothing, and the flags one, two, three concepts:
-        "neutral": (neutral, hot(K, zip(c)), lambda text, i: D.about(text, c[i])),
-        "leak": (neutral, hot(K, zip(c)), lambda text, i: 1 - text.count(c[i]) / max(1, len(text))),
-        "compose2": (several, hot(K, two), lambda text, i: {*text} == {*two[i]}),
-        "compose3": (several[:len(three)], hot(K, three), lambda text, i: {*text} == {*three[i]})}
+        "neutral": (neutral, hot(K, zip(c)), lambda seen, i: D.about(seen, c[i])),
+        "leak": (neutral, hot(K, zip(c)), lambda seen, i: 1 - seen.count(c[i]) / max(1, len(seen))),
+        "compose2": (several, hot(K, two), lambda seen, i: {*seen} == {*two[i]}),
+        "compose3": (several[:len(three)], hot(K, three), lambda seen, i: {*seen} == {*three[i]})}
 
 
 def hot(K, rows):
@@ -349,8 +344,7 @@ def switch(run, model, texts):
     """The flags said A up to the end of the first sentence, and then B: is the rest about B?"""
     prompts, a, _ = run.asked["neutral"]                                        # a (B, K)
     b = a.roll(1 + len(run.data.concepts) // 3, dims=1)
-    firsts = [re.match(r".*?[.!?]|.*", text, re.S)[0] for text in texts]
-    begun = [f"{prompt} {first}" for prompt, first in zip(prompts, firsts)]
+    begun = [f"{p} {re.match('.*?[.!?]|.*', text, re.S)[0]}" for p, text in zip(prompts, texts)]
     say_a = steer(run.flags, last(map(run.tok.prompt, prompts)), a)
 
     def by(ids, b):
@@ -399,6 +393,12 @@ def auc(scores, labels):
 
 
 # ---------------------------------------------------------------------------- a run
+REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, no_prompt=0.5,
+                 prompts=1024, track=128)       # the rest: `prepare`; why: lab/README.md
+CHECKPOINT = dict(batch=16, base=0, produce=30, rely=200, wean=0, lr=0.02, embedding_lr=0.0003,
+                  decay=0.0, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16, every=50)
+MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
+
 
 def prepare(args):
     """A run: all that the functions above share, as the command line settles it."""
