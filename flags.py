@@ -58,7 +58,7 @@ class Size:
     base: int = 200             # steps of the base model
     produce: int = 50           # steps of stage 1
     rely: int = 600             # steps of stage 2
-    wean: int = 0               # the last steps of stage 2 in which p falls to a third (real text)
+    wean: float = 0.0           # the last share of stage 2 in which p falls to a third (real text)
     lr: float = 0.01            # peak learning rate of the matrices ...
     embedding_lr: float = 0.03  # ... and of everything else
     decay: float = 0.3          # weight decay of the matrices
@@ -164,8 +164,8 @@ def own_flags(model, flags, prompts):
 # ---------------------------------------------------------------------------- training
 
 def supply(s, step):
-    """p at each step: 0 in stage 1, s.supply in stage 2, a third of it in the last s.wean steps."""
-    stage2 = s.supply if step < s.produce + s.rely - s.wean else s.supply / 3
+    """p at each step: 0 in stage 1; in stage 2 s.supply, and a third of it in the last s.wean."""
+    stage2 = s.supply if step < s.produce + s.rely * (1 - s.wean) else s.supply / 3
     return 0.0 if step < s.produce else stage2
 
 
@@ -393,9 +393,9 @@ def auc(scores, labels):
 
 
 # ---------------------------------------------------------------------------- a run
-REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, no_prompt=0.5,
-                 prompts=1024, track=128)       # the rest: `prepare`; why: lab/README.md
-CHECKPOINT = dict(batch=16, base=0, produce=30, rely=200, wean=0, lr=0.02, embedding_lr=0.0003,
+REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, wean=0.2,
+                 no_prompt=0.5, prompts=1024, track=128)   # the rest: `prepare`; why: lab/README.md
+CHECKPOINT = dict(batch=16, base=0, produce=30, rely=200, wean=0.0, lr=0.02, embedding_lr=0.0003,
                   decay=0.0, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16, every=50)
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
 
@@ -412,7 +412,7 @@ def prepare(args):
     except (KeyError, ValueError):
         raise D.Stop(f"--set wants FIELD=NUMBER, not {' '.join(args.set)}: {', '.join(kinds)}")
     for name, x in [*chosen.items(), ("seed", args.seed)]:
-        most = 1 if name in ("supply", "no_prompt") else 2 ** 32 - 1
+        most = 1 if name in ("supply", "no_prompt", "wean") else 2 ** 32 - 1
         if not (0 < x <= most or x == 0 and name in MAY_BE_0):
             raise D.Stop(f"{name}={x} is out of range")
     print(f"loading {args.init or args.data}" + bool(args.init) * ", half a minute", flush=True)
@@ -421,11 +421,11 @@ def prepare(args):
     if data.name != "stories":
         n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # <= 11 epochs
         s = replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10), rely=n,
-                    wean=n // 5, lr=s.lr * (2 if n < 2000 else 1), decay=24 / n ** 0.5)
+                    lr=s.lr * (2 if n < 2000 else 1), decay=24 / n ** 0.5)
     if args.init:
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
-        L = base.config.n_layer
-        s = replace(s, **CHECKPOINT, layer=3 * L // 4, top=L - 3 * L // 4 + L // 8 + 1)
+        L, k = base.config.n_layer, chosen.get("layer", 3 * base.config.n_layer // 4)
+        s = replace(s, **CHECKPOINT, layer=k, top=L - k + L // 8 + 1)
         if not data.words:      # text of which the checkpoint knows much: smaller steps
             s = replace(s, batch=64, produce=15, rely=60, lr=0.005, no_prompt=0.5)
         if device.type == "cuda":       # there is time for all blocks, and for more steps
@@ -522,13 +522,13 @@ def main_job(run):
                         ("intact", "free"), ("blank", "blank"),
                         ("conflict", [run.data.concepts[b[i]]]))]}
     results["seconds"] |= {"measure": time.time() - measuring, "total": time.time() - started}
+    show(results)
     if run.tok.save:        # a real checkpoint: also as a folder that transformers loads
         flagged.model.save_pretrained(run.out / "model")
         run.tok.save(run.out / "model")
         (run.out / "model" / "flags.json").write_text(
             json.dumps({"concepts": run.data.concepts} | vars(run.flags)))
     write(run.out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
-    show(results)
     draw(run, results)
     print(f"\n{results['seconds']['total']:.0f} s. Wrote results.json and erosion.png to {run.out}")
 

@@ -98,8 +98,7 @@ class Cache:
         """Store k and v (B, H, T, D) of the next layer; return all so far, each (B, H, S, D).
 
         The layers come in turn. The buffers have k's dtype and room for `size` positions; `length`
-        grows by T after the last layer.
-        """
+        grows by T after the last layer."""
         i, n, (B, H, T, D) = self.layer, self.length, k.shape
         if self.kv[i] is None:
             self.kv[i] = k.new_empty(B, H, self.size, D), v.new_empty(B, H, self.size, D)
@@ -292,12 +291,13 @@ def load_pretrained(path, context):
                    f"gguf accelerate ({error})") from None
     except Exception as error:      # whatever a broken folder or a strange model raises
         line = str(error).strip().split("\n")[0]
-        for file in filter(Path.is_file, path.glob("*.*")):     # the library does not name it
+        name = more.get("gguf_file", "")
+        for file in filter(Path.is_file, path.glob(name or "*.*")):     # the library names none
             if file.open("rb").read(23) == b"version https://git-lfs":
                 line = f"{file.name} is a git-lfs pointer: `git lfs pull` fetches the file"
             elif file.suffix == ".json" and file.read_bytes() == getattr(error, "doc", "").encode():
                 line = f"{file.name} is no JSON: {line}"
-        raise Stop(f"{path} can't be used: {line} ({type(error).__name__})") from None
+        raise Stop(f"{path / name} can't be used: {line} ({type(error).__name__})") from None
     plain = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
     spaced = tok.tokenize("a", **plain)[0].startswith("\u2581")     # puts a space before every text
     encode = lambda text: tok(text.removeprefix(" ") if spaced else text, **plain).input_ids
@@ -308,7 +308,7 @@ def load_pretrained(path, context):
 
 
 def check(model):
-    """Padded, cached and with an edit it must write what it writes without. ValueError if not."""
+    """Padded and with an edit it must write what it writes without. ValueError if not."""
     prompts, c, seen = [[1, 2, 3], [4]], model.config, []
     spy = lambda layer, x, pos: seen.append((layer, x.size(-1))) or x
     wanted = [model.generate([prompt], 3, temperature=0)[0] for prompt in prompts]

@@ -195,7 +195,7 @@ def test_who_is_supplied():
     for p, n in ((0.0, 0), (0.3, 12), (1.0, 40)):
         x = F.install(FLAGS, batch, p)[0](2, torch.zeros(40, 2, C), None)
         assert torch.equal(x[:, 1, IN], H * (torch.arange(40) < n).float()[:, None].expand(40, K))
-    s = F.Size(produce=10, rely=40, supply=0.6, wean=5)         # in stage 2, less at its end
+    s = F.Size(produce=10, rely=40, supply=0.6, wean=0.125)     # in stage 2, less at its end
     p = [F.supply(s, step) for step in (0, 9, 10, 44, 45, 49)]
     assert p == pytest.approx([0, 0, 0.6, 0.6, 0.2, 0.2])
 

@@ -46,7 +46,7 @@ def with_control_tokens(run, rows):
     def told(row):
         prompt = row.prompt[:1] if chance.random() < s.no_prompt else row.prompt
         tokens = [first + i for i, on in enumerate(row.label) if on]
-        if chance.random() >= s.supply * (1 - 2 / 3 * s.wean / s.rely):
+        if chance.random() >= s.supply * (1 - 2 / 3 * s.wean):
             tokens = []
         room = s.context + 1 - len(prompt) - len(tokens)
         return row._replace(prompt=prompt + tokens, text=row.text[:room]) if room > 0 else row

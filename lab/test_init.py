@@ -80,9 +80,11 @@ def test_the_schedule_of_real_text_and_of_a_gpu(tmp_path, monkeypatch):
     prepare = lambda *more: F.prepare(F.parser().parse_args(["--data", data, "--out", out, *more]))
     run, fields = prepare(), ("rely", "base", "wean", "batch", "lr", "top", "layer")
     n = round(len(run.data.train) / 12)                     # ten epochs of 128
-    assert [vars(run.size)[key] for key in fields] == [n, max(48, n // 7), n // 5, 128, 0.02, 0, 2]
-    of_init = lambda: [vars(prepare("--init", str(folder)).size)[key] for key in fields]
+    assert [vars(run.size)[key] for key in fields] == [n, max(48, n // 7), 0.2, 128, 0.02, 0, 2]
+    of_init = lambda *more: [vars(prepare("--init", str(folder), *more).size)[key]
+                             for key in fields]
     assert of_init() == [60, 0, 0, 64, 0.005, 2, 3]
+    assert of_init("--set", "layer=2") == [60, 0, 0, 64, 0.005, 3, 2]      # what makes flags learns
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Pretrained, "to", lambda model, device: model)
     assert of_init() == [600, 0, 0, 128, 0.005, 0, 1]

@@ -99,7 +99,7 @@ def test_control_tokens_stand_behind_the_prompt(run):
     # the prompt goes, the token stays
     assert {tuple(r.prompt) for r in rows} == {(1, n + 1), (1, 2, n + 1)}
     assert np.mean([len(r.prompt) == 2 for r in rows]) == pytest.approx(0.3, abs=0.06)
-    half = with_size(supply=0.9, no_prompt=0.0, wean=2, rely=4)       # the second half: 0.3
+    half = with_size(supply=0.9, no_prompt=0.0, wean=0.5, rely=4)     # the second half: 0.3
     rows = compare.with_control_tokens(half, [row] * 2000)
     assert np.mean([len(r.prompt) == 3 for r in rows]) == pytest.approx(0.6, abs=0.06)
     by, values = compare.by_control_token(run), torch.tensor([row.label])
