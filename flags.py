@@ -424,13 +424,13 @@ def prepare(args):
                     lr=s.lr * (2 if n < 2000 else 1), decay=24 / n ** 0.5)
     if args.init:
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
-        L, k = base.config.n_layer, chosen.get("layer", 3 * base.config.n_layer // 4)
+        L = base.config.n_layer
+        k = chosen.get("layer", 3 * L // 4 if data.words else max(1, 2 * L // 5))
         s = replace(s, **CHECKPOINT, layer=k, top=L - k + L // 8 + 1)
         if not data.words:      # text of which the checkpoint knows much: smaller steps
-            s = replace(s, batch=64, produce=15, rely=60, lr=0.005, no_prompt=0.5)
+            s = replace(s, batch=64, produce=15, rely=125, lr=0.005, no_prompt=0.5)
         if device.type == "cuda":       # there is time for all blocks, and for more steps
-            s = replace(s, batch=max(64, 2 * s.batch), rely=600, top=0, every=100,
-                        layer=s.layer if data.words else max(1, 2 * L // 5))
+            s = replace(s, batch=max(64, 2 * s.batch), rely=600, top=0, every=100)
         chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context, heads=1)
     s, K = replace(s, **chosen), len(data.concepts)
     if not args.init:

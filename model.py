@@ -87,8 +87,7 @@ class Block(nn.Module):
 class Cache:
     """Keys and values of all layers, so that each new token costs one position.
 
-    Rows are padded on the left: all end at the same slot, and row b begins at slot pad[b].
-    """
+    Rows are padded on the left: all end at the same slot, and row b begins at slot pad[b]."""
     def __init__(self, n_layer, size, pad):
         self.n_layer, self.size, self.pad = n_layer, size, pad[:, None]     # pad (B, 1)
         self.kv, self.layer, self.length = [None] * n_layer, 0, 0
@@ -142,8 +141,7 @@ class LanguageModel(nn.Module):
         """Continue each prompt (a list of token ids; lengths may differ) by up to n tokens.
 
         Returns lists of new ids; a row ends before its first `stop` token, or where the context
-        ends. Temperature 0: the most likely token. `edit` sees a row's own positions. Raises Stop.
-        """
+        ends. Temperature 0: the likeliest token. `edit` sees a row's own positions. Raises Stop."""
         device, context = self.wte.weight.device, self.config.context
         longest = max(map(len, prompts))
         if not all(prompts) or longest > context:
@@ -199,8 +197,7 @@ class GPT(LanguageModel):
 
         edit(layer, x, pos) -> x is called after block `layer` (1 ... n_layer) with the residual
         stream x (B, T, C) and the absolute positions pos (B, T) or (1, T). With a cache, idx
-        continues the positions that the cache already holds.
-        """
+        continues the positions that the cache already holds."""
         pos, bias = positions(idx.size(1), self.config.context, cache, idx.device)
         x = self.wte(idx) + self.wpe(pos)                                       # (B, T, C)
         if torch.is_autocast_enabled(idx.device.type):      # half the memory traffic
@@ -281,6 +278,9 @@ def load_pretrained(path, context):
         if lost or not all(p.isfinite().all() for p in model.parameters()):
             odd = "".join(f", but have {key}" for key in sorted(info["unexpected_keys"])[:1])
             raise ValueError(f"its weights lack {', '.join(lost[:3]) or 'finite numbers'}{odd}")
+        for part in model.modules():
+            if type(part).__name__ == "NewGELUActivation":      # the same function, in one kernel
+                part.forward = functools.partial(F.gelu, approximate="tanh")
         model, tok = Pretrained(model, context), AutoTokenizer.from_pretrained(path, **more)
         if tok.eos_token_id is None or len(tok) > model.config.vocab_size:
             raise ValueError(f"its tokenizer has {len(tok)} tokens, the model "

@@ -59,7 +59,7 @@ def test_two_processes_save_what_one_saves(tmp_path):
             [sys.executable, *(torchrun if N > 1 else []), "-m", "lab.large", "--size", "tiny",
              "--init", str(tmp_path / "model"), "--data", jsonl_of(tmp_path), "--micro", "3",
              "--out", str(tmp_path / str(N)), "--set", "produce=2", "rely=4", "every=3",
-             "prompts=12", "track=4", "batch=8"],
+             "prompts=12", "track=4", "batch=8", "layer=3"],
             text=True, capture_output=True, cwd=Path(F.__file__).parent,
             env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-2000:]
@@ -83,8 +83,8 @@ def test_the_schedule_of_real_text_and_of_a_gpu(tmp_path, monkeypatch):
     assert [vars(run.size)[key] for key in fields] == [n, max(48, n // 7), 0.2, 128, 0.02, 0, 2]
     of_init = lambda *more: [vars(prepare("--init", str(folder), *more).size)[key]
                              for key in fields]
-    assert of_init() == [60, 0, 0, 64, 0.005, 2, 3]
-    assert of_init("--set", "layer=2") == [60, 0, 0, 64, 0.005, 3, 2]      # what makes flags learns
+    assert of_init() == [125, 0, 0, 64, 0.005, 4, 1]
+    assert of_init("--set", "layer=2") == [125, 0, 0, 64, 0.005, 3, 2]      # what makes flags learns
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Pretrained, "to", lambda model, device: model)
     assert of_init() == [600, 0, 0, 128, 0.005, 0, 1]
@@ -106,6 +106,14 @@ def test_a_base_of_ours_is_the_same_by_this_path(tmp_path):
         assert tok.encode(e.text) == run.tok.encode(e.text)
         assert tok.decode(tok.encode(e.text)) == e.text
     assert tok.prompt("x")[0] == run.tok.end == tok.end
+
+
+def test_gelu_in_one_kernel_is_the_same_function(tmp_path):
+    theirs, idx = small("gpt2", 320), torch.randint(320, (2, 9))
+    theirs.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    assert theirs.config.activation_function == "gelu_new"
+    assert torch.allclose(load_pretrained(tmp_path, 40)[0](idx), theirs(idx).logits, atol=1e-5)
 
 
 def test_tokenizer_files_are_read_as_transformers_reads_them(tmp_path):
