@@ -62,6 +62,7 @@ class Size:
     lr: float = 0.01            # peak learning rate of the matrices ...
     embedding_lr: float = 0.03  # ... and of everything else
     decay: float = 0.3          # weight decay of the matrices
+    muon: int = 5               # iterations of their optimizer (Newton-Schulz)
     layer: int = 2              # k: flags stand in the stream after this block and all later ones
     supply: float = 0.9         # p: the share of sequences whose flags are supplied in stage 2
     weight: float = 24.0        # lambda, of the flag loss
@@ -156,9 +157,9 @@ def streams(model, idx, edit=None):
 
 def own_flags(model, flags, prompts):
     """The model's own flags (B, K) after block k, at the last token of each prompt (ids)."""
-    device = model.wte.weight.device
-    xs = [streams(model, torch.tensor([ids], device=device))[flags.layer - 1] for ids in prompts]
-    return torch.stack([x[0, -1, flags.slice] for x in xs]) / flags.height
+    idx = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)
+    x = streams(model, idx.to(model.wte.weight.device))[flags.layer - 1]    # sees no padding
+    return x[range(len(x)), last(prompts), flags.slice] / flags.height
 
 
 # ---------------------------------------------------------------------------- training
@@ -189,7 +190,7 @@ def train(run, name, model, steps, method=None):
     method(step, batch) is install(run.flags, batch, supply(s, step)); None: LM loss alone. Since
     chance depends on seed and step, a stopped run goes on from run.out/name.pt (CPU: same bits)."""
     s, file = run.size, run.out / f"{name}.pt"
-    opts = optimizers(model, s.lr, s.embedding_lr, s.decay)     # Muon: matrices; AdamW: the rest
+    opts = optimizers(model, s.lr, s.embedding_lr, s.decay, s.muon)     # Muon and AdamW
     done = load_checkpoint(run, file, model, opts)
     saved_at, warm = time.time(), min(20, steps // 10 + 1)
     for step in range(done["step"], steps):
@@ -373,14 +374,16 @@ def fluency(run, base, texts):
         return len(set(bigrams)) / max(1, len(bigrams))
     ours, theirs = distinct2(seen[::2]), distinct2(seen[1::2])
     ratio = {"mean": ours / (theirs or 1), "low": None, "high": None, "n": len(pairs)}
-    return stat(np.subtract(nll[::2], nll[1::2])), ratio if ours and theirs else None
+    return {"nll_gap": stat(np.subtract(nll[::2], nll[1::2])),
+            "distinct2": ratio if ours and theirs else None}
 
 
 def reading(run, model):
     """The model's own flags at the last token of held-out prompts, against the labels."""
     cued = [e for e in run.data.test if e.cued][:1024]
-    prompts = counted("reading flags, prompt", [run.tok.prompt(e.prompt) for e in cued])
-    own = own_flags(model, run.flags, prompts).cpu()
+    prompts = [run.tok.prompt(e.prompt) for e in cued]
+    own = torch.cat([own_flags(model, run.flags, prompts[i:i + 32]).cpu()
+                     for i in counted("reading flags, batch", range(0, len(prompts), 32))])
     y = torch.tensor([[float(c in e.concepts) for c in run.data.concepts] for e in cued])
     each = [auc(own[:, i], y[:, i]) for i in range(y.size(1)) if 0 < y[:, i].sum() < len(y)]
     return {"auc": stat(each), "exact": stat(((own > 0.5) == (y > 0.5)).all(1).tolist())}
@@ -395,8 +398,8 @@ def auc(scores, labels):
 # ---------------------------------------------------------------------------- a run
 REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, wean=0.2,
                  no_prompt=0.5, prompts=1024, track=128)   # the rest: `prepare`; why: lab/README.md
-CHECKPOINT = dict(batch=16, base=0, produce=30, rely=200, wean=0.0, lr=0.02, embedding_lr=0.0003,
-                  decay=0.0, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16, every=50)
+CHECKPOINT = dict(batch=16, base=0, produce=30, rely=280, wean=0.0, lr=0.02, embedding_lr=0.0003,
+                  decay=0.0, muon=3, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16)
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
 
 
@@ -412,7 +415,7 @@ def prepare(args):
     except (KeyError, ValueError):
         raise D.Stop(f"--set wants FIELD=NUMBER, not {' '.join(args.set)}: {', '.join(kinds)}")
     for name, x in [*chosen.items(), ("seed", args.seed)]:
-        most = 1 if name in ("supply", "no_prompt", "wean") else 2 ** 32 - 1
+        most = dict(supply=1, no_prompt=1, wean=1, muon=99).get(name, 2 ** 32 - 1)
         if not (0 < x <= most or x == 0 and name in MAY_BE_0):
             raise D.Stop(f"{name}={x} is out of range")
     print(f"loading {args.init or args.data}" + bool(args.init) * ", half a minute", flush=True)
@@ -430,7 +433,7 @@ def prepare(args):
         if not data.words:      # text of which the checkpoint knows much: smaller steps
             s = replace(s, batch=64, produce=15, rely=125, lr=0.005, no_prompt=0.5)
         if device.type == "cuda":       # there is time for all blocks, and for more steps
-            s = replace(s, batch=max(64, 2 * s.batch), rely=600, top=0, every=100)
+            s = replace(s, batch=max(64, 2 * s.batch), rely=600, top=0, muon=5)
         chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context, heads=1)
     s, K = replace(s, **chosen), len(data.concepts)
     if not args.init:
@@ -497,9 +500,7 @@ def main_job(run):
     same, texts, rates = {"kept": "conflict", "leak": "neutral"}, {}, {}
     for name in run.asked:
         texts[name], rates[name] = ask(run, flagged, name, texts=texts.get(same.get(name)))
-    gap, distinct2 = fluency(run, base, texts["conflict"])
     git = f'git -C "{Path(__file__).parent}" log -1 --format=%h -- flags.py model.py data.py'
-    prompts, b = run.asked["conflict"][0], run.asked["conflict"][1].argmax(1).tolist()
     results = {
         "size": run.settings["size"], "data": run.data.name, "seed": run.seed,
         "device": str(run.device), "torch": torch.__version__,
@@ -512,15 +513,14 @@ def main_job(run):
         "reliance": {name: {key: ask(run, models[name], key)[1] for key in ("intact", "blank")}
                      for name in ("base", "control")} | {
             "flags": {key: rates.pop(key) for key in ("intact", "supplied", "blank")}},
-        "steer": rates | {
-            "switch": switch(run, flagged, texts["neutral"]) if texts["compose2"] else None,
-            "nll_gap": gap, "distinct2": distinct2},
+        "steer": rates | fluency(run, base, texts["conflict"]) | {
+            "switch": switch(run, flagged, texts["neutral"]) if texts["compose2"] else None},
         "judge": {"kind": "words" if run.data.words else "learned", "accuracy": run.accuracy},
         "trajectory": done["flags"]["log"], "control_trajectory": done["control"]["log"],
-        "samples": [{"prompt": prompts[i], "flags": flags, "text": texts[name][i]}
-                    for i in range(min(20, len(prompts))) for name, flags in (
-                        ("intact", "free"), ("blank", "blank"),
-                        ("conflict", [run.data.concepts[b[i]]]))]}
+        "samples": [{"prompt": prompt, "flags": flags, "text": texts[name][i]}
+                    for i, (prompt, b) in enumerate(zip(*run.asked["conflict"][:2])) if i < 20
+                    for name, flags in (("intact", "free"), ("blank", "blank"),
+                                        ("conflict", [run.data.concepts[b.argmax()]]))]}
     results["seconds"] |= {"measure": time.time() - measuring, "total": time.time() - started}
     show(results)
     if run.tok.save:        # a real checkpoint: also as a folder that transformers loads

@@ -232,7 +232,7 @@ def prepared(tmp_path_factory):
     """A run of --size tiny, with all sixteen concepts and short texts, before its training."""
     out = tmp_path_factory.mktemp("prepared")
     return prepare("--out", out, "--set", "flags=16", "context=48", "stories=8000", "prompts=32",
-                   "track=8", "base=12", "produce=2", "rely=10", "lr=0.015")
+                   "track=8", "base=12", "produce=2", "rely=10", "lr=0.015", "muon=4")
 
 
 def example(prompt, text, *concepts):
@@ -596,7 +596,7 @@ def test_rates_rise_and_fall_and_matrices_go_to_muon(prepared, tmp_path, monkeyp
     assert np.allclose(np.reshape(seen, (20, 2)), np.outer(share, (0.015, 0.03)))
     (muon,), (adamw,) = (opt.param_groups for opt in made)
     assert isinstance(made[0], torch.optim.Muon) and isinstance(made[1], torch.optim.AdamW)
-    assert (muon["weight_decay"], muon["adjust_lr_fn"]) == (0.3, "match_rms_adamw")
+    assert muon | {"weight_decay": 0.3, "ns_steps": 4, "adjust_lr_fn": "match_rms_adamw"} == muon
     assert (adamw["weight_decay"], adamw["betas"]) == (0, (0.9, 0.95))
     assert len(muon["params"]) == 8 and all(p.dim() == 2 for p in muon["params"])
     assert len(adamw["params"]) == 7        # wte, wpe and 5 norms
@@ -740,7 +740,7 @@ def test_what_is_measured_is_what_stands_in_the_results(finished):
     texts, rate = F.ask(run, models["flags"], "conflict")
     assert r["steer"]["conflict"] == rate
     assert r["steer"]["kept"] == F.ask(run, models["flags"], "kept")[1]
-    assert r["steer"]["nll_gap"] == F.fluency(run, models["base"], texts)[0]
+    assert r["steer"]["nll_gap"] == F.fluency(run, models["base"], texts)["nll_gap"]
     steps = [[point["step"] for point in r[log]] for log in ("trajectory", "control_trajectory")]
     assert steps[0] == steps[1]
     batch = D.batch(run.train, 0, 16, run.seed)
@@ -756,13 +756,13 @@ def test_broken_text_is_less_likely_and_repeated_text_less_distinct(finished):
     for e in run.data.train:
         real.setdefault(e.concepts, []).append(run.tok.decode(run.tok.encode(e.text)[:20]))
     names = [run.data.concepts[b] for b in run.asked["conflict"][1].argmax(1)]
-    gap, ratio = F.fluency(run, base, [real[name,][i] for i, name in enumerate(names)])
+    gap, ratio = F.fluency(run, base, [real[name,][i] for i, name in enumerate(names)]).values()
     assert abs(gap["mean"]) < 0.2 and 0.8 < ratio["mean"] < 1.25        # other real texts
-    gap, ratio = F.fluency(run, base, ["qx zzv qqk"] * len(names))
+    gap, ratio = F.fluency(run, base, ["qx zzv qqk"] * len(names)).values()
     assert gap["mean"] > 1 and ratio["mean"] < 0.05
-    gap, ratio = F.fluency(run, base, ["word"] * len(names))
+    gap, ratio = F.fluency(run, base, ["word"] * len(names)).values()
     assert gap["mean"] > 1 and ratio is None                            # no pair of words
-    assert F.fluency(run, base, [""] * len(names)) == (None, None)
+    assert F.fluency(run, base, [""] * len(names)) == {"nll_gap": None, "distinct2": None}
 
 
 QUICK = ["--size", "tiny", "--set", "base=6", "produce=2", "rely=24", "context=48", "prompts=12",

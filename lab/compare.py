@@ -26,7 +26,7 @@ def row(run, model, base, by=None):
     return {"neutral": F.ask(run, model, "neutral", by=by)[1], "conflict": conflict,
             "intact": F.ask(run, model, "intact")[1],
             "blank": None if by else F.ask(run, model, "blank")[1],
-            "nll_gap": F.fluency(run, base, texts)[0], "loss": F.held_out(run, model, run.test)[0]}
+            "loss": F.held_out(run, model, run.test)[0]} | F.fluency(run, base, texts)
 
 
 def shuffled(method, seed):

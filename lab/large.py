@@ -65,7 +65,7 @@ def shard(model, device):
 def train(run, name, model, steps, method=None):
     """flags.train with parts and sharded states. Its checkpoints suit any number of processes."""
     s, file, micro = run.size, run.out / f"{name}.pt", run.micro
-    opts = optimizers(model, s.lr, s.embedding_lr, s.decay)
+    opts = optimizers(model, s.lr, s.embedding_lr, s.decay, s.muon)
     done = {"step": 0, "log": [], "seconds": 0.0, "tokens": 0}
     if file.exists():
         saved = F.read_checkpoint(file, run.settings)

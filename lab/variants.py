@@ -56,11 +56,10 @@ def remove(run, directions, start):
 def held_loss(run, model):
     """LM loss on held-out rows, with the model's own flags held as in `held`."""
     rows = sorted(run.test, key=lambda r: len(r.prompt) + len(r.text))
-    prompts = flags.counted("reading flags, prompt", [row.prompt for row in rows])
-    own = (flags.own_flags(model, run.flags, prompts) > 0.5).float().tolist()
     total = torch.zeros(2)
     for i in flags.counted("measuring the loss, batch", range(0, len(rows), 32)):
-        batch = D.pad([row._replace(label=y) for row, y in zip(rows[i:i + 32], own[i:i + 32])])
+        own = flags.own_flags(model, run.flags, [row.prompt for row in rows[i:i + 32]]) > 0.5
+        batch = D.pad([row._replace(label=y) for row, y in zip(rows[i:i + 32], own.tolist())])
         batch, n = batch.to(run.device), (batch.targets >= 0).sum()
         lm = flags.lm_loss(model, batch, flags.install(run.flags, batch, p=2.0)[0])
         total += torch.stack([n * lm.cpu(), n])
