@@ -82,8 +82,8 @@ def test_the_schedule_of_real_text_and_of_a_gpu(tmp_path, monkeypatch):
     assert [vars(run.size)[key] for key in fields] == [n, max(48, n // 7), 0.2, 128, 0.02, 0, 2, 5]
     of_init = lambda *more: [vars(prepare("--init", str(folder), *more).size)[key]
                              for key in fields]
-    assert of_init() == [125, 0, 0, 64, 0.005, 4, 1, 3]
-    assert of_init("--set", "layer=2") == [125, 0, 0, 64, 0.005, 3, 2, 3]    # what makes flags learns
+    assert of_init() == [125, 0, 0, 64, 0.005, 4, 1, 5]
+    assert of_init("--set", "layer=2") == [125, 0, 0, 64, 0.005, 3, 2, 5]    # flags' makers learn
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Pretrained, "to", lambda model, device: model)
     assert of_init() == [600, 0, 0, 128, 0.005, 0, 1, 5]
