@@ -398,8 +398,8 @@ def auc(scores, labels):
 # ---------------------------------------------------------------------------- a run
 REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, wean=0.2,
                  no_prompt=0.5, prompts=1024, track=128)   # the rest: `prepare`; why: lab/README.md
-CHECKPOINT = dict(batch=16, base=0, produce=30, rely=300, wean=0.0, lr=0.02, embedding_lr=0.0003,
-                  decay=0.0, muon=3, weight=40.0, height=6.0, prompts=64, track=16)
+CHECKPOINT = dict(batch=16, base=0, produce=30, rely=200, wean=0.0, lr=0.02, embedding_lr=0.0003,
+                  decay=0.0, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16, every=50)
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
 
 
@@ -428,12 +428,12 @@ def prepare(args):
     if args.init:
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
         L = base.config.n_layer
-        k = chosen.get("layer", 5 * L // 6 if data.words else max(1, 2 * L // 5))
-        s = replace(s, **CHECKPOINT, layer=k, top=L - k + 1 + L // (5 if data.words else 8))
+        k = chosen.get("layer", 3 * L // 4 if data.words else max(1, 2 * L // 5))
+        s = replace(s, **CHECKPOINT, layer=k, top=L - k + L // 8 + 1)
         if not data.words:      # text of which the checkpoint knows much: smaller steps
-            s = replace(s, batch=64, produce=15, rely=125, lr=0.005, muon=5)
+            s = replace(s, batch=64, produce=15, rely=125, lr=0.005, no_prompt=0.5)
         if device.type == "cuda":       # there is time for all blocks, and for more steps
-            s = replace(s, batch=max(64, 2 * s.batch), rely=600, top=0, muon=5)
+            s = replace(s, batch=max(64, 2 * s.batch), rely=600, top=0, every=100)
         chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context, heads=1)
     s, K = replace(s, **chosen), len(data.concepts)
     if not args.init:

@@ -77,16 +77,16 @@ def test_the_schedule_of_real_text_and_of_a_gpu(tmp_path, monkeypatch):
     tokenizer().save_pretrained(folder)
     small("llama", 320).save_pretrained(folder)
     prepare = lambda *more: F.prepare(F.parser().parse_args(["--data", data, "--out", out, *more]))
-    run, fields = prepare(), ("rely", "base", "wean", "batch", "lr", "top", "layer", "muon")
+    run, fields = prepare(), ("rely", "base", "wean", "batch", "lr", "top", "layer")
     n = round(len(run.data.train) / 12)                     # ten epochs of 128
-    assert [vars(run.size)[key] for key in fields] == [n, max(48, n // 7), 0.2, 128, 0.02, 0, 2, 5]
+    assert [vars(run.size)[key] for key in fields] == [n, max(48, n // 7), 0.2, 128, 0.02, 0, 2]
     of_init = lambda *more: [vars(prepare("--init", str(folder), *more).size)[key]
                              for key in fields]
-    assert of_init() == [125, 0, 0, 64, 0.005, 4, 1, 5]
-    assert of_init("--set", "layer=2") == [125, 0, 0, 64, 0.005, 3, 2, 5]    # flags' makers learn
+    assert of_init() == [125, 0, 0, 64, 0.005, 4, 1]
+    assert of_init("--set", "layer=2") == [125, 0, 0, 64, 0.005, 3, 2]    # flags' makers learn
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Pretrained, "to", lambda model, device: model)
-    assert of_init() == [600, 0, 0, 128, 0.005, 0, 1, 5]
+    assert of_init() == [600, 0, 0, 128, 0.005, 0, 1]
 
 
 def test_a_base_of_ours_is_the_same_by_this_path(tmp_path):
