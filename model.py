@@ -281,6 +281,8 @@ def load_pretrained(path, context):
         for part in model.modules():
             if type(part).__name__ == "NewGELUActivation":      # the same function, in one kernel
                 part.forward = functools.partial(F.gelu, approximate="tanh")
+            elif isinstance(part, nn.Dropout):      # does nothing here, and takes its time for it
+                part.forward = lambda x: x
         model, tok = Pretrained(model, context), AutoTokenizer.from_pretrained(path, **more)
         if tok.eos_token_id is None or len(tok) > model.config.vocab_size:
             raise ValueError(f"its tokenizer has {len(tok)} tokens, the model "
@@ -302,9 +304,8 @@ def load_pretrained(path, context):
     spaced = tok.tokenize("a", **plain)[0].startswith("\u2581")     # puts a space before every text
     encode = lambda text: tok(text.removeprefix(" ") if spaced else text, **plain).input_ids
     decode = functools.partial(tok.decode, clean_up_tokenization_spaces=False)
-    begin = (tok("").input_ids or [tok.eos_token_id])[0]
-    return model, Tokenizer(encode, decode, begin, tok.eos_token_id, len(tok), None,
-                            tok.save_pretrained)
+    begin, end = (tok("").input_ids or [tok.eos_token_id])[0], tok.eos_token_id
+    return model, Tokenizer(encode, decode, begin, end, len(tok), None, tok.save_pretrained)
 
 
 def check(model):
@@ -345,6 +346,5 @@ def optimizers(model, lr, embedding_lr, decay, ns_steps=5):
     rest = [p for p in model.parameters() if p.requires_grad and p not in set(matrices)]
     opts = [Muon(matrices, lr, decay, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw")]
     if rest:        # some models train none
-        opts.append(torch.optim.AdamW(rest, embedding_lr, betas=(0.9, 0.95), weight_decay=0.0,
-                                      fused=True))
+        opts.append(torch.optim.AdamW(rest, embedding_lr, (0.9, 0.95), weight_decay=0, fused=True))
     return opts
