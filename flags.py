@@ -110,14 +110,14 @@ def install(flags, batch, p):
     loss sends no gradient into what was overwritten: there the flag loss alone teaches."""
     _, targets, y, draw = batch                         # (B, T), (B, T), (B, K), (B,)
     y, on = y[:, None], (targets >= 0)[..., None]       # (B, 1, K); (B, T, 1) flag positions
-    write = on & (draw < p)[:, None, None]              # (B, T, 1) those of the supplied sequences
+    supply_mask = on & (draw < p)[:, None, None]        # (B, T, 1) those of the supplied sequences
     reads = []                                          # f, (B, T, K), of each block >= k
 
     def edit(layer, x, pos):                            # x (B, T, C), after block `layer`
         if layer >= flags.layer:    # after each later block, too: each may add to the slice
             own = x[..., flags.slice]                   # read: a view of x, (B, T, K)
             reads.append(own / flags.height)            # a copy, for the loss: own changes next
-            x[..., flags.slice] = torch.where(write, flags.height * y.to(x.dtype), own)
+            x[..., flags.slice] = torch.where(supply_mask, flags.height * y.to(x.dtype), own)
         return x
 
     def flag_loss():    # at flag positions of all sequences, after all blocks >= k, of all flags
@@ -158,7 +158,7 @@ def streams(model, idx, edit=None):
 def own_flags(model, flags, prompts):
     """The model's own flags (B, K) after block k, at the last token of each prompt (ids)."""
     idx = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)
-    x = streams(model, idx.to(model.wte.weight.device))[flags.layer - 1]    # sees no padding
+    x = streams(model, idx.to(model.wte.weight.device))[flags.layer - 1]    # padding is behind
     return x[range(len(x)), last(prompts), flags.slice] / flags.height
 
 
@@ -244,27 +244,6 @@ def held_out(run, model, rows=None):
         lm, n = lm_loss(model, batch, edit), (batch.targets >= 0).sum()
         total += torch.stack([n * lm, n * flag_loss(), n]).cpu()
     return (total[:2] / total[2]).tolist()
-
-
-def train_together(jobs):
-    """train(*job) for each job: what was done. On Linux without GPU side by side: faster."""
-    threads = torch.get_num_threads()
-    if sys.platform == "linux" and jobs[0][0].device.type == "cpu" and threads > 1:
-        for job in jobs:
-            warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)     # since Python 3.12
-            if os.fork() == 0:                                  # the child, which
-                ctypes.CDLL(None).prctl(1, 9)       # PR_SET_PDEATHSIG, SIGKILL: ends with us
-                torch.set_num_threads(1)                        # more would hang after a fork
-                try:
-                    train(*job)
-                finally:
-                    os._exit(0)     # whatever went wrong, its parent meets it again
-        for job in jobs:
-            os.wait()
-        torch.set_num_threads(1)
-    done = [train(*job) for job in jobs]        # if processes did it, this only loads
-    torch.set_num_threads(threads)
-    return done
 
 
 # ---------------------------------------------------------------------------- measurements
@@ -359,12 +338,12 @@ def switch(run, model, texts):
 def fluency(run, base, texts):
     """How much less likely conflict texts are to the untouched base than real ones about the same
     concepts (nats per token, without a prompt); and their distinct-2 over that of the real ones."""
-    flagged = run.asked["conflict"][1].argmax(1).tolist()
+    concepts = run.asked["conflict"][1].argmax(1).tolist()
     real = [[e.text for e in run.data.test if e.concepts == (name,)] for name in run.data.concepts]
-    pairs = [(text, real[b][i % len(real[b])]) for i, (text, b) in enumerate(zip(texts, flagged))
+    pairs = [(text, real[b][i % len(real[b])]) for i, (text, b) in enumerate(zip(texts, concepts))
              if text and real[b]][:256]
-    bare = [D.Example("", text, (), False) for pair in pairs for text in pair]
-    rows = D.encode(bare, run.tok, [], run.size.context)        # cuts real texts, as ours are
+    unprompted = [D.Example("", text, (), False) for pair in pairs for text in pair]
+    rows = D.encode(unprompted, run.tok, [], run.size.context)      # cuts real texts, as ours are
     nll = [lm_loss(base, D.pad([row]).to(run.device)).item()
            for row in counted("measuring nll_gap, text", rows)]
     seen = [run.tok.decode([i for i in row.text if i != run.tok.end]) for row in rows]
@@ -398,8 +377,9 @@ def auc(scores, labels):
 # ---------------------------------------------------------------------------- a run
 REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, wean=0.2,
                  no_prompt=0.5, prompts=1024, track=128)   # the rest: `prepare`; why: lab/README.md
-CHECKPOINT = dict(batch=16, base=0, produce=30, rely=200, wean=0.0, lr=0.02, embedding_lr=0.0003,
-                  decay=0.0, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16, every=50)
+CHECKPOINT = dict(batch=16, base=0, produce=30, rely=270, wean=0.0, lr=0.02, embedding_lr=0.0003,
+                  decay=0.0, muon=3, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16)
+MOST = dict(supply=1, no_prompt=1, wean=1, muon=99)     # of other fields 2 ** 32 - 1
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
 
 
@@ -415,8 +395,7 @@ def prepare(args):
     except (KeyError, ValueError):
         raise D.Stop(f"--set wants FIELD=NUMBER, not {' '.join(args.set)}: {', '.join(kinds)}")
     for name, x in [*chosen.items(), ("seed", args.seed)]:
-        most = dict(supply=1, no_prompt=1, wean=1, muon=99).get(name, 2 ** 32 - 1)
-        if not (0 < x <= most or x == 0 and name in MAY_BE_0):
+        if not (0 < x <= MOST.get(name, 2 ** 32 - 1) or x == 0 and name in MAY_BE_0):
             raise D.Stop(f"{name}={x} is out of range")
     print(f"loading {args.init or args.data}" + bool(args.init) * ", half a minute", flush=True)
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
@@ -428,12 +407,13 @@ def prepare(args):
     if args.init:
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
         L = base.config.n_layer
-        k = chosen.get("layer", 3 * L // 4 if data.words else max(1, 2 * L // 5))
-        s = replace(s, **CHECKPOINT, layer=k, top=L - k + L // 8 + 1)
+        k = chosen.get("layer", 5 * L // 6 if data.words else max(1, 2 * L // 5))
+        s = replace(s, **CHECKPOINT, layer=k, top=L - k + 1 + L // (5 if data.words else 8))
         if not data.words:      # text of which the checkpoint knows much: smaller steps
-            s = replace(s, batch=64, produce=15, rely=125, lr=0.005, no_prompt=0.5)
+            s = replace(s, batch=64, produce=15, rely=125, lr=0.005, muon=5, no_prompt=0.5)
         if device.type == "cuda":       # there is time for all blocks, and for more steps
-            s = replace(s, batch=max(64, 2 * s.batch), rely=600, top=0, every=100)
+            s = replace(s, batch=max(64, 2 * s.batch), rely=600, top=0, muon=5,
+                        layer=min(k, 3 * L // 4))
         chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context, heads=1)
     s, K = replace(s, **chosen), len(data.concepts)
     if not args.init:
@@ -442,8 +422,7 @@ def prepare(args):
         torch.manual_seed(args.seed)
         base = GPT(Config(vocab, s.context, s.layers, s.heads, s.width))
     if not 1 <= s.layer <= s.layers or not 2 <= K <= s.width or s.width % s.heads:
-        raise D.Stop(f"no room for {K} flags: block {s.layer} of {s.layers}, width {s.width}, "
-                   f"{s.heads} heads")
+        raise D.Stop(f"no room for {K} flags: {s.layer=}, {s.layers=}, {s.width=}, {s.heads=}")
     train, test = (D.encode(counted("encoding, text", examples), tok, data.concepts, s.context)
                    for examples in (data.train, data.test))
     asked = questions(data, s.prompts, args.seed)
@@ -473,6 +452,27 @@ def out_folder(args):       # where results go, and where --steer looks for them
     return Path(args.out or "out/" + "-".join(filter(None, parts)))
 
 
+def train_together(jobs):
+    """train(*job) for each job: what was done. On Linux without GPU side by side: faster."""
+    threads = torch.get_num_threads()
+    if sys.platform == "linux" and jobs[0][0].device.type == "cpu" and threads > 1:
+        for job in jobs:
+            warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)     # since Python 3.12
+            if os.fork() == 0:                                  # the child, which
+                ctypes.CDLL(None).prctl(1, 9)       # PR_SET_PDEATHSIG, SIGKILL: ends with us
+                torch.set_num_threads(1)                        # more would hang after a fork
+                try:
+                    train(*job)
+                finally:
+                    os._exit(0)     # what failed is run again by its parent, and says why
+        for job in jobs:
+            os.wait()
+        torch.set_num_threads(1)
+    done = [train(*job) for job in jobs]        # if processes did it, this only loads
+    torch.set_num_threads(threads)
+    return done
+
+
 def train_all(run):
     """The base, the control and the flags model, and what was done for each."""
     s, base, steps = run.size, run.base, run.size.produce + run.size.rely
@@ -497,7 +497,7 @@ def main_job(run):
     started = time.time()
     models, done = train_all(run)
     base, flagged, measuring = models["base"], models["flags"], time.time()
-    same, texts, rates = {"kept": "conflict", "leak": "neutral"}, {}, {}
+    same, texts, rates = {"kept": "conflict", "leak": "neutral"}, {}, {}    # texts asked before
     for name in run.asked:
         texts[name], rates[name] = ask(run, flagged, name, texts=texts.get(same.get(name)))
     git = f'git -C "{Path(__file__).parent}" log -1 --format=%h -- flags.py model.py data.py'

@@ -873,8 +873,8 @@ def test_bad_steering(quick, tmp_path, capsys, more, message):
     (["--set", "nothing=1"], "wants FIELD=NUMBER, not nothing=1: flags, layers, .* supply"),
     (["--set", "rely=x"], "not rely=x:"), (["--set", "rely"], "not rely:"),
     (["--set", "flags=1", "stories=3000"], "no room for 1 flags"), (["--seed", "-1"], "seed=-1 is"),
-    (["--set", "layer=3", "--set", "stories=3000"], "block 3 of 2"),
-    (["--set", "heads=3", "stories=3000"], "3 heads"), (["--set", "every=0"], "every=0 is out of"),
+    (["--set", "layer=3", "--set", "stories=3000"], "s.layer=3, s.layers=2"),
+    (["--set", "heads=3", "stories=3000"], "heads=3"), (["--set", "every=0"], "every=0 is out of"),
     (["--set", "vocab=100", "stories=3000"], "vocab must be"), (["--set", "supply=90"], "=90.0 is"),
     (["--set", "context=5", "stories=3000"], "context of 5 tokens.*--set context"),
     (["--size", "huge"], "invalid choice: 'huge'"), (["--seed", "x"], "invalid int value: 'x'")])

@@ -3,7 +3,7 @@
     python -m lab.export exported --size small
     python flags.py --size small --init exported --set layer=2 top=0 batch=64 produce=50 \\
         rely=600 lr=0.01 embedding_lr=0.03 decay=0.3 weight=24 no_prompt=0.15 prompts=256 \\
-        track=48 every=100
+        track=48 muon=5
 """
 import torch
 

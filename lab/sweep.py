@@ -42,7 +42,7 @@ def variant(run, name, value):
     except ValueError:
         raise Stop(f"{name} wants a number, not {value}")
     value = vars(size)[name]
-    if not (0 < value < 2 ** 32 or value == 0 and name in F.MAY_BE_0):
+    if not (0 < value <= F.MOST.get(name, 2 ** 32 - 1) or value == 0 and name in F.MAY_BE_0):
         raise Stop(f"{name}={value} is out of range")
     if not 1 <= size.layer <= size.layers:
         raise Stop(f"there is no block {size.layer} of {size.layers}")

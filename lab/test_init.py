@@ -75,18 +75,19 @@ def test_two_processes_save_what_one_saves(tmp_path):
 def test_the_schedule_of_real_text_and_of_a_gpu(tmp_path, monkeypatch):
     data, folder, out = jsonl_of(tmp_path, 600), tmp_path / "model", str(tmp_path / "out")
     tokenizer().save_pretrained(folder)
-    small("llama", 320).save_pretrained(folder)
+    small("llama", 320, num_hidden_layers=6, max_position_embeddings=256).save_pretrained(folder)
     prepare = lambda *more: F.prepare(F.parser().parse_args(["--data", data, "--out", out, *more]))
-    run, fields = prepare(), ("rely", "base", "wean", "batch", "lr", "top", "layer")
+    run, fields = prepare(), ("rely", "base", "wean", "batch", "lr", "top", "layer", "muon")
     n = round(len(run.data.train) / 12)                     # ten epochs of 128
-    assert [vars(run.size)[key] for key in fields] == [n, max(48, n // 7), 0.2, 128, 0.02, 0, 2]
-    of_init = lambda *more: [vars(prepare("--init", str(folder), *more).size)[key]
-                             for key in fields]
-    assert of_init() == [125, 0, 0, 64, 0.005, 4, 1]
-    assert of_init("--set", "layer=2") == [125, 0, 0, 64, 0.005, 3, 2]    # flags' makers learn
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [vars(run.size)[key] for key in fields] == [n, max(48, n // 7), 0.2, 128, 0.02, 0, 2, 5]
+    of_init = lambda *more: [*map(vars(prepare("--init", str(folder), *more).size).get, fields)]
+    assert of_init("--set", "layer=3") == [125, 0, 0, 64, 0.005, 4, 3, 5]     # flags' makers learn
     monkeypatch.setattr(Pretrained, "to", lambda model, device: model)
-    assert of_init() == [600, 0, 0, 128, 0.005, 0, 1]
+    for gpu, *wanted in (
+            (False, [125, 0, 0, 64, 0.005, 5, 2, 5], [270, 0, 0, 16, 0.02, 3, 5, 3]),
+            (True, [600, 0, 0, 128, 0.005, 0, 2, 5], [600, 0, 0, 64, 0.02, 0, 4, 5])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        assert [of_init(), of_init("--data", "stories", "--set", "stories=2000")] == wanted
 
 
 def test_a_base_of_ours_is_the_same_by_this_path(tmp_path):

@@ -15,7 +15,7 @@ import torch
 
 import data as D
 import flags as F
-from lab import sweep
+from lab import planted, sweep
 from model import Cache
 
 torch.set_num_threads(1)
@@ -193,3 +193,7 @@ def test_head_and_python_without_its_folder_and_home(tmp_path):
     assert process.stdout.readline().startswith("the model's own flags")
     process.stdout.close()
     assert process.stderr.read() == "flags.py: [Errno 32] Broken pipe\n" and process.wait() == 2
+
+
+def test_planted_errors_are_of_todays_code():
+    assert len(list(planted.errors())) == 34

@@ -45,10 +45,10 @@ FAMILIES = {
             "long_factor": [1.5 + .7 * i for i in range(6)]})}
 
 
-def small(name, vocab=97):
+def small(name, vocab=97, **more):
     """A random model with large weights, so that every channel matters."""
     config = FAMILIES[name]()
-    config.vocab_size = vocab
+    vars(config).update(vocab_size=vocab, **more)
     torch.manual_seed(0)
     model = T.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
