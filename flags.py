@@ -47,7 +47,7 @@ from model import GPT, LAST, Config, fast_bfloat16, load_pretrained, optimizers
 @dataclass
 class Size:
     """What a result depends on, besides data, seed and checkpoint. --set changes any of it."""
-    flags: int = 16             # K: of stories and wordnet the first K concepts
+    flags: int = 16             # K, how many: of stories and wordnet the first K
     layers: int = 4             # L (a checkpoint has its own layers, heads, width and vocab)
     heads: int = 4
     width: int = 128            # C
@@ -204,7 +204,7 @@ def train(run, name, model, steps, method=None):
         if not norm.isfinite():
             raise D.Stop(f"{name}, step {step}: LM loss {lm:.3g}, flag loss {flag:.3g}, gradient "
                        f"{norm:.3g}; lower the learning rates (--set lr=... embedding_lr=...)")
-        scale = min((step + 1) / warm, (steps - step) / (steps - warm + 1))     # up, then down
+        scale = min((step + 1) / warm, (steps - step) / (steps - warm + 1))     # warm-up, decay
         for opt, peak in zip(opts, (s.lr, s.embedding_lr)):
             opt.param_groups[0]["lr"] = peak * scale
             opt.step()
