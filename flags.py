@@ -68,7 +68,7 @@ class Size:
     weight: float = 24.0        # lambda, of the flag loss
     height: float = 6.0         # a raised flag, in RMS (root mean square) of the base's stream
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
-    prompts: int = 256          # held-out prompts behind a rate, at most
+    prompts: int = 256          # held-out prompts behind a rate, at most; may change after training
     track: int = 48             # held-out prompts behind every point of a trajectory
     every: int = 100            # steps from one point of a trajectory to the next
     top: int = 0                # finetune the last `top` blocks alone; 0: everything
@@ -600,10 +600,10 @@ def load_checkpoint(run, file, model, opts):
 
 
 def read_checkpoint(file, settings={}):
-    """The contents of a checkpoint that was made with these settings."""
+    """The contents of a checkpoint that was made with these settings, but for `prompts`."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        other = [key for key, value in settings.items() if saved["settings"].get(key) != value]
+        other = [x for x in settings if saved["settings"].get(x) != settings[x] and x != "prompts"]
         saved["model"], saved["merges"]
     except Exception as error:      # whatever reading a broken file raises
         raise D.Stop(f"{file} is no whole checkpoint ({type(error).__name__}); --fresh starts over")

@@ -651,7 +651,7 @@ def test_other_settings_and_spoilt_checkpoints_are_one_line(prepared, tmp_path, 
     monkeypatch.chdir(tmp_path)
     run, file = change(prepared, out=tmp_path), tmp_path / "base.pt"
     F.train(run, "base", copy.deepcopy(run.base), 1)
-    other = change(run, settings=run.settings | {"text in stories": 1, "rely": 9})
+    other = change(run, settings=run.settings | {"text in stories": 1, "rely": 9, "prompts": 9})
     stops("another rely, another text in stories; --fresh starts over",
           F.train, other, "base", copy.deepcopy(run.base), 1)
     good = file.read_bytes()
