@@ -410,10 +410,10 @@ def prepare(args):
         k = chosen.get("layer", 5 * L // 6 if data.words else max(1, 2 * L // 5))
         s = replace(s, **CHECKPOINT, layer=k, top=L - k + 1 + L // (5 if data.words else 8))
         if not data.words:      # text of which the checkpoint knows much: smaller steps
-            s = replace(s, batch=64, produce=15, rely=125, lr=0.005, muon=5, no_prompt=0.5)
+            s = replace(s, batch=64, produce=15, rely=150, lr=0.005, weight=10.0, no_prompt=0.7)
         if device.type == "cuda":       # there is time for all blocks, and for more steps
             s = replace(s, batch=max(64, 2 * s.batch), rely=600, top=0, muon=5,
-                        layer=min(k, 3 * L // 4))
+                        layer=min(k, 3 * L // 4), weight=40.0, no_prompt=min(0.5, s.no_prompt))
         chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context, heads=1)
     s, K = replace(s, **chosen), len(data.concepts)
     if not args.init:

@@ -77,15 +77,15 @@ def test_the_schedule_of_real_text_and_of_a_gpu(tmp_path, monkeypatch):
     tokenizer().save_pretrained(folder)
     small("llama", 320, num_hidden_layers=6, max_position_embeddings=256).save_pretrained(folder)
     prepare = lambda *more: F.prepare(F.parser().parse_args(["--data", data, "--out", out, *more]))
-    run, fields = prepare(), ("rely", "base", "wean", "batch", "lr", "top", "layer", "muon")
+    run, fields = prepare(), "rely base wean batch lr top layer muon weight no_prompt".split()
     n = round(len(run.data.train) / 12)                     # ten epochs of 128
-    assert [vars(run.size)[key] for key in fields] == [n, max(48, n // 7), 0.2, 128, 0.02, 0, 2, 5]
+    assert [*map(vars(run.size).get, fields)] == [n, 48, 0.2, 128, 0.02, 0, 2, 5, 10, 0.5]
     of_init = lambda *more: [*map(vars(prepare("--init", str(folder), *more).size).get, fields)]
-    assert of_init("--set", "layer=3") == [125, 0, 0, 64, 0.005, 4, 3, 5]     # flags' makers learn
+    assert of_init("--set", "layer=3")[5:7] == [4, 3]       # the blocks that make flags learn
     monkeypatch.setattr(Pretrained, "to", lambda model, device: model)
     for gpu, *wanted in (
-            (False, [125, 0, 0, 64, 0.005, 5, 2, 5], [270, 0, 0, 16, 0.02, 3, 5, 3]),
-            (True, [600, 0, 0, 128, 0.005, 0, 2, 5], [600, 0, 0, 64, 0.02, 0, 4, 5])):
+        (False, [150, 0, 0, 64, 0.005, 5, 2, 3, 10, 0.7], [270, 0, 0, 16, 0.02, 3, 5, 3, 40, 0.3]),
+        (True, [600, 0, 0, 128, 0.005, 0, 2, 5, 40, 0.5], [600, 0, 0, 64, 0.02, 0, 4, 5, 40, 0.3])):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         assert [of_init(), of_init("--data", "stories", "--set", "stories=2000")] == wanted
 
