@@ -377,8 +377,13 @@ def auc(scores, labels):
 # ---------------------------------------------------------------------------- a run
 REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, wean=0.2,
                  no_prompt=0.5, prompts=1024, track=128)   # the rest: `prepare`; why: lab/README.md
-CHECKPOINT = dict(batch=16, base=0, produce=30, rely=270, wean=0.0, lr=0.02, embedding_lr=0.0003,
-                  decay=0.0, muon=3, weight=40.0, height=6.0, no_prompt=0.3, prompts=64, track=16)
+CHECKPOINT = dict(base=0, wean=0, embedding_lr=0.0003, decay=0, height=6.0, prompts=64, track=16)
+FIELDS = "batch produce rely lr weight no_prompt supply muon".split()
+SCHEDULE = {    # FIELDS; then shares of L: k, the blocks trained below k (0: everything is trained)
+    "stories, cpu": (16, 30, 270, 0.02, 40.0, 0.3, 0.9, 3, 5 / 6, 1 / 5),
+    "stories, cuda": (64, 30, 600, 0.02, 40.0, 0.3, 0.9, 5, 3 / 4, 0),
+    "real text, cpu": (64, 15, 200, 0.008, 10.0, 0.7, 1.0, 2, 1 / 2, 1 / 12),
+    "real text, cuda": (128, 15, 600, 0.005, 40.0, 0.5, 0.9, 5, 2 / 5, 0)}
 MOST = dict(supply=1, no_prompt=1, wean=1, muon=99)     # of other fields 2 ** 32 - 1
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
 
@@ -407,13 +412,9 @@ def prepare(args):
     if args.init:
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
         L = base.config.n_layer
-        k = chosen.get("layer", 5 * L // 6 if data.words else max(1, 2 * L // 5))
-        s = replace(s, **CHECKPOINT, layer=k, top=L - k + 1 + L // (5 if data.words else 8))
-        if not data.words:      # text of which the checkpoint knows much: smaller steps
-            s = replace(s, batch=64, produce=15, rely=150, lr=0.005, weight=10.0, no_prompt=0.7)
-        if device.type == "cuda":       # there is time for all blocks, and for more steps
-            s = replace(s, batch=max(64, 2 * s.batch), rely=600, top=0, muon=5,
-                        layer=min(k, 3 * L // 4), weight=40.0, no_prompt=min(0.5, s.no_prompt))
+        *row, k, below = SCHEDULE[f"{'stories' if data.words else 'real text'}, {device.type}"]
+        s = replace(s, **CHECKPOINT, **dict(zip(FIELDS, row)), layer=max(1, int(k * L)))
+        s.top = below and L - chosen.get("layer", s.layer) + 1 + int(below * L)
         chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context, heads=1)
     s, K = replace(s, **chosen), len(data.concepts)
     if not args.init:
@@ -589,8 +590,7 @@ def save_checkpoint(run, file, model, opts, done):
     write(file, lambda path: torch.save(content, path))
 
 
-def load_checkpoint(run, file, model, opts):
-    """What was done so far; nothing, if there is no checkpoint."""
+def load_checkpoint(run, file, model, opts):    # what was done so far
     if not file.exists():
         return {"step": 0, "log": [], "seconds": 0.0, "tokens": 0}
     saved = read_checkpoint(file, run.settings)

@@ -25,9 +25,9 @@ def test_a_whole_run(name, tmp_path, capsys):
     folder, out = tmp_path / "model", tmp_path / "run"
     tokenizer().save_pretrained(folder)
     small(name, 320).save_pretrained(folder)
+    sets = "produce=2 rely=4 every=3 prompts=12 track=4 batch=8 layer=2".split()
     command = ["--size", "tiny", "--init", str(folder), "--data", jsonl_of(tmp_path),
-               "--out", str(out), "--set", "produce=2", "rely=4", "every=3", "prompts=12",
-               "track=4", "batch=8", "layer=2"]
+               "--out", str(out), "--set", *sets]
     assert F.main(command) is None
     results = json.loads((out / "results.json").read_text())
     assert {point["stage"] for point in results["trajectory"]} == {1, 2}
@@ -38,7 +38,7 @@ def test_a_whole_run(name, tmp_path, capsys):
     saved = torch.load(out / "flags.pt", weights_only=True)
     told = json.loads((out / "model" / "flags.json").read_text())
     assert told["concepts"] == ["cat", "dog"]
-    assert told["layer"] == 2 and told["count"] == 2 and told["height"] > 0
+    assert told["layer"] == told["count"] == 2 and told["height"] > 0
     for key, value in theirs.state_dict().items():
         assert torch.equal(value, saved["model"][f"model.{key}"])
     moved = folder.rename(tmp_path / "elsewhere")       # a path is not a setting, the weights are
@@ -77,17 +77,17 @@ def test_the_schedule_of_real_text_and_of_a_gpu(tmp_path, monkeypatch):
     tokenizer().save_pretrained(folder)
     small("llama", 320, num_hidden_layers=6, max_position_embeddings=256).save_pretrained(folder)
     prepare = lambda *more: F.prepare(F.parser().parse_args(["--data", data, "--out", out, *more]))
-    run, fields = prepare(), "rely base wean batch lr top layer muon weight no_prompt".split()
+    run, names = prepare(), "rely batch lr top layer muon weight no_prompt supply base wean".split()
     n = round(len(run.data.train) / 12)                     # ten epochs of 128
-    assert [*map(vars(run.size).get, fields)] == [n, 48, 0.2, 128, 0.02, 0, 2, 5, 10, 0.5]
-    of_init = lambda *more: [*map(vars(prepare("--init", str(folder), *more).size).get, fields)]
-    assert of_init("--set", "layer=3")[5:7] == [4, 3]       # the blocks that make flags learn
+    assert [*map(vars(run.size).get, names)] == [n, 128, 0.02, 0, 2, 5, 10, 0.5, 0.9, 48, 0.2]
+    of_init = lambda *more: [*map(vars(prepare("--init", str(folder), *more).size).get, names)]
     monkeypatch.setattr(Pretrained, "to", lambda model, device: model)
-    for gpu, *wanted in (
-        (False, [150, 0, 0, 64, 0.005, 5, 2, 3, 10, 0.7], [270, 0, 0, 16, 0.02, 3, 5, 3, 40, 0.3]),
-        (True, [600, 0, 0, 128, 0.005, 0, 2, 5, 40, 0.5], [600, 0, 0, 64, 0.02, 0, 4, 5, 40, 0.3])):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-        assert [of_init(), of_init("--data", "stories", "--set", "stories=2000")] == wanted
+    for gpu, *wanted in (                       # 0, 0: no base steps, no wean
+        (1, [600, 128, 0.005, 0, 2, 5, 40, 0.5, 0.9, 0, 0], [600, 64, 0.02, 0, 4, 5, 40, 0.3, 0.9]),
+        (0, [200, 64, 0.008, 4, 3, 2, 10, 0.7, 1, 0, 0], [270, 16, 0.02, 3, 5, 3, 40, 0.3, 0.9])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+        assert [of_init(), of_init("--data", "stories", "--set", "stories=2000")[:-2]] == wanted
+    assert of_init("--set", "layer=2")[3:5] == [5, 2]       # the blocks that make flags learn
 
 
 def test_a_base_of_ours_is_the_same_by_this_path(tmp_path):
