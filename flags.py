@@ -382,7 +382,7 @@ FIELDS = "batch produce rely lr weight no_prompt supply muon".split()
 SCHEDULE = {    # FIELDS; then shares of L: k, the blocks trained below k (0: everything is trained)
     "stories, cpu": (16, 30, 270, 0.02, 40.0, 0.3, 0.9, 3, 5 / 6, 1 / 5),
     "stories, cuda": (64, 30, 600, 0.02, 40.0, 0.3, 0.9, 5, 3 / 4, 0),
-    "real text, cpu": (64, 15, 200, 0.008, 10.0, 0.7, 1.0, 2, 1 / 2, 1 / 12),
+    "real text, cpu": (64, 15, 150, 0.005, 10.0, 0.7, 1.0, 3, 2 / 5, 1 / 8),
     "real text, cuda": (128, 15, 600, 0.005, 40.0, 0.5, 0.9, 5, 2 / 5, 0)}
 MOST = dict(supply=1, no_prompt=1, wean=1, muon=99)     # of other fields 2 ** 32 - 1
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
