@@ -266,8 +266,8 @@ def questions(data, n, seed):
     neutral = [e.prompt for e in examples if not e.cued][:n] if data.words else [""] * n
     c = [i % K for i in range(len(neutral))]
     several = neutral if data.words else []     # only a judge of words can tell several concepts
-    two, three = ([random.Random(seed + i).sample(range(K), size) for i in range(len(several))
-                   if size <= K] for size in (2, 3))
+    sets = lambda k: [random.Random(seed + i).sample(range(K), k) for i in range(len(several))]
+    two, three = sets(2), sets(3) if K > 2 else []
     return {
         # the prompt says a, and the flags:
         "intact": (cued, None, lambda seen, i: D.about(seen, a[i])),
@@ -410,6 +410,8 @@ def prepare(args):
         s = replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10), rely=n,
                     lr=s.lr * (2 if n < 2000 else 1), decay=24 / n ** 0.5)
     if args.init:
+        if own := chosen.keys() & {"layers", "heads", "width", "vocab"}:
+            raise D.Stop(f"--set {' '.join(own)}: a checkpoint has its own, which can't be changed")
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
         L = base.config.n_layer
         *row, k, below = SCHEDULE[f"{'stories' if data.words else 'real text'}, {device.type}"]
@@ -417,6 +419,8 @@ def prepare(args):
         s.top = below and L - chosen.get("layer", s.layer) + 1 + int(below * L)
         chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context, heads=1)
     s, K = replace(s, **chosen), len(data.concepts)
+    if chosen.get("flags", K) != K:
+        raise D.Stop(f"flags={s.flags}, but {args.data} has {K} concepts")
     if not args.init:
         tok = D.train_bpe((f"{e.prompt} {e.text}" for e in data.train[:20_000]), s.vocab)
         vocab = -(-(tok.n_vocab + K) // 64) * 64    # room for control tokens (lab.compare)
@@ -568,19 +572,15 @@ def counted(what, items):      # the items, and a line of progress
 def draw(run, results):
     """The picture of erosion: what the texts follow, flags or prompt, in the course of training."""
     from matplotlib.figure import Figure    # takes half a second
-    fig, label_at = Figure((8, 4.5), layout="constrained"), 2.0
-    ax, steps = fig.subplots(), [point["step"] for point in results["trajectory"]]
-    lines = [([point[key] for point in results[f"{who}trajectory"]], key + name, color, style)
-             for who, name, style in (("", "", "-"), ("control_", " (control)", ":"))
-             for key, color in list(zip(RATES, ("C2", "C3", "C0")))[:2 if who else 3]]
-    for y, label, color, style in sorted(lines, key=lambda line: -line[0][-1]):
-        ax.plot(steps, y, color + style)
-        label_at = min(y[-1], label_at - 0.06)      # clear of the one above
-        ax.text(steps[-1], label_at, f"  {label}", color=color, va="center")
-    ax.axvline(run.size.produce, color="k", lw=1)
-    ax.text(2 * run.size.produce, 0.5, "← stage 2 begins")
-    ax.set(xlabel="step", ylabel="share of texts", xlim=(0, 1.25 * steps[-1]), ylim=(-0.05, 1.05))
-    fig.savefig(run.out / "erosion.png", dpi=120)
+    ax = Figure((8, 4.5), layout="constrained").subplots()
+    for who, of, style in (("", "", "-"), ("control_", " (control)", ":")):
+        log = results[f"{who}trajectory"]
+        for key, color in list(zip(RATES, ("C2", "C3", "C0")))[:2 if who else 3]:
+            ax.plot([p["step"] for p in log], [p[key] for p in log], color + style, label=key + of)
+    ax.axvline(run.size.produce, color="k", lw=1, label="stage 2 begins")
+    ax.set(xlabel="step", ylabel="share of texts", ylim=(-0.05, 1.05))
+    ax.legend(loc="center right")
+    ax.figure.savefig(run.out / "erosion.png", dpi=120)
 
 
 def save_checkpoint(run, file, model, opts, done):

@@ -866,18 +866,18 @@ def test_bad_steering(quick, tmp_path, capsys, more, message):
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--steer", "x"], "no finished run in run; without --steer"),
-    (["--data", "nonsense"], "no data called"), (["--data", "missing.jsonl"], "missing.jsonl"),
-    (["--data", "my.jsonl"], "nothing to steer against"),
-    (["--out", "my.jsonl", "--set", "stories=3000"], "File exists"),
     (["--set", "nothing=1"], "wants FIELD=NUMBER, not nothing=1: flags, layers, .* supply"),
-    (["--set", "rely=x"], "not rely=x:"), (["--set", "rely"], "not rely:"),
-    (["--set", "flags=1", "stories=3000"], "no room for 1 flags"), (["--seed", "-1"], "seed=-1 is"),
-    (["--set", "layer=3", "--set", "stories=3000"], "s.layer=3, s.layers=2"),
-    (["--set", "heads=3", "stories=3000"], "heads=3"), (["--set", "every=0"], "every=0 is out of"),
-    (["--set", "vocab=100", "stories=3000"], "vocab must be"), (["--set", "supply=90"], "=90.0 is"),
+    (["--init", "x", "--set", "layers=9"], "--set layers: a checkpoint has its own"),
     (["--set", "context=5", "stories=3000"], "context of 5 tokens.*--set context"),
-    (["--size", "huge"], "invalid choice: 'huge'"), (["--seed", "x"], "invalid int value: 'x'")])
+    (["--set", "layer=3", "--set", "stories=3000"], "s.layer=3, s.layers=2"),
+    (["--set", "flags=20", "stories=3000"], "=20, but stories has 16"), (["--size", "x"], "choice"),
+    (["--out", "my.jsonl", "--set", "stories=3000"], "File exists"),
+    (["--steer", "x"], "no finished run in run; without --steer"), (["--set", "rely"], "not rely:"),
+    (["--set", "flags=1", "stories=3000"], "no room for 1 flags"), (["--seed", "-1"], "seed=-1 is"),
+    (["--set", "vocab=100", "stories=3000"], "vocab must be"), (["--set", "rely=x"], "not rely=x:"),
+    (["--data", "my.jsonl"], "nothing to steer against"), (["--set", "supply=90"], "=90.0 is"),
+    (["--set", "heads=3", "stories=3000"], "heads=3"), (["--set", "every=0"], "every=0 is out of"),
+    (["--data", "missing.jsonl"], "missing.jsonl"), (["--data", "nonsense"], "no data called")])
 def test_bad_commands(tmp_path, capsys, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
     Path("my.jsonl").write_bytes(lines(*many(300, prompt="")))
