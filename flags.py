@@ -265,9 +265,8 @@ def questions(data, n, seed):
     pairs = [chance.sample(of, 2) for _, of in double]
     neutral = [e.prompt for e in examples if not e.cued][:n] if data.words else [""] * n
     c = [i % K for i in range(len(neutral))]
-    several = neutral if data.words else []     # only a judge of words can tell several concepts
-    sets = lambda k: [random.Random(seed + i).sample(range(K), k) for i in range(len(several))]
-    two, three = sets(2), sets(3) if K > 2 else []
+    sets = lambda k: [random.Random(seed + i).sample(range(K), k) for i in range(len(neutral))]
+    two, three = (sets(k) if data.words and k <= K else [] for k in (2, 3))     # words tell several
     return {
         # the prompt says a, and the flags:
         "intact": (cued, None, lambda seen, i: D.about(seen, a[i])),
@@ -281,8 +280,8 @@ def questions(data, n, seed):
         # the prompt says nothing, and the flags one, two, three concepts:
         "neutral": (neutral, hot(K, zip(c)), lambda seen, i: D.about(seen, c[i])),
         "leak": (neutral, hot(K, zip(c)), lambda seen, i: 1 - seen.count(c[i]) / max(1, len(seen))),
-        "compose2": (several, hot(K, two), lambda seen, i: {*seen} == {*two[i]}),
-        "compose3": (several[:len(three)], hot(K, three), lambda seen, i: {*seen} == {*three[i]})}
+        "compose2": (neutral[:len(two)], hot(K, two), lambda seen, i: {*seen} == {*two[i]}),
+        "compose3": (neutral[:len(three)], hot(K, three), lambda seen, i: {*seen} == {*three[i]})}
 
 
 def hot(K, rows):
@@ -306,7 +305,7 @@ def continue_texts(run, model, prompts, values=None, by=None):
 def ask(run, model, name, n=None, by=None, texts=None):
     """A question's first n prompts: the texts that the model writes, and their rate."""
     prompts, values, score = run.asked[name]
-    texts = texts or prompts and continue_texts(run, model, prompts[:n], values, by)
+    texts = texts or (prompts and continue_texts(run, model, prompts[:n], values, by))
     return texts, stat(score(text, i) for i, text in enumerate(run.judge(texts)))
 
 
@@ -378,12 +377,12 @@ def auc(scores, labels):
 REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, wean=0.2,
                  no_prompt=0.5, prompts=1024, track=128)   # the rest: `prepare`; why: lab/README.md
 CHECKPOINT = dict(base=0, wean=0, embedding_lr=0.0003, decay=0, height=6.0, prompts=64, track=16)
-FIELDS = "batch produce rely lr weight no_prompt supply muon".split()
-SCHEDULE = {    # FIELDS; then shares of L: k, the blocks trained below k (0: everything is trained)
-    "stories, cpu": (16, 30, 270, 0.02, 40.0, 0.3, 0.9, 3, 5 / 6, 1 / 5),
-    "stories, cuda": (64, 30, 600, 0.02, 40.0, 0.3, 0.9, 5, 3 / 4, 0),
-    "real text, cpu": (64, 15, 150, 0.005, 10.0, 0.7, 1.0, 3, 2 / 5, 1 / 8),
-    "real text, cuda": (128, 15, 600, 0.005, 40.0, 0.5, 0.9, 5, 2 / 5, 0)}
+FIELDS = "              batch produce rely   lr  weight no_prompt supply muon".split()
+SCHEDULE = {        # and two shares of L: k, the blocks trained below k (0: everything is trained)
+    "stories, cpu":    (16,   30,   270, 0.02,  40.0,   0.3,    0.9,   3,   5 / 6, 1 / 5),
+    "stories, cuda":   (64,   30,   600, 0.02,  40.0,   0.3,    0.9,   5,   3 / 4, 0),
+    "real text, cpu":  (64,   15,   150, 0.005, 10.0,   0.7,    1.0,   3,   2 / 5, 1 / 8),
+    "real text, cuda": (128,  15,   600, 0.005, 40.0,   0.5,    0.9,   5,   2 / 5, 0)}
 MOST = dict(supply=1, no_prompt=1, wean=1, muon=99)     # of other fields 2 ** 32 - 1
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
 
@@ -402,13 +401,14 @@ def prepare(args):
     for name, x in [*chosen.items(), ("seed", args.seed)]:
         if not (0 < x <= MOST.get(name, 2 ** 32 - 1) or x == 0 and name in MAY_BE_0):
             raise D.Stop(f"{name}={x} is out of range")
-    print(f"loading {args.init or args.data}" + bool(args.init) * ", half a minute", flush=True)
+    print(f"loading {args.init or args.data}" + ", half a minute" * bool(args.init), flush=True)
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
                   chosen.get("stories", s.stories))
     if data.name != "stories":
         n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # <= 11 epochs
+        rate, muon = (3.2, 3) if n < 600 else (2, 5) if n < 2000 else (1, 5)
         s = replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10), rely=n,
-                    lr=s.lr * (2 if n < 2000 else 1), decay=24 / n ** 0.5)
+                    lr=s.lr * rate, muon=muon, decay=24 / n ** 0.5)
     if args.init:
         if own := chosen.keys() & {"layers", "heads", "width", "vocab"}:
             raise D.Stop(f"--set {' '.join(own)}: a checkpoint has its own, which can't be changed")
@@ -446,7 +446,7 @@ def prepare(args):
         size=s, data=data, tok=tok, seed=args.seed, device=device, out=out, base=base.to(device),
         flags=Flags(s.layer, s.width - K, K), train=train, test=test[:12 * s.prompts],     # rows
         asked=asked, judge=judge, accuracy=accuracy,                        # on real held-out texts
-        settings=vars(s) | {"size": args.size, "seed": args.seed, "concepts": data.concepts} | {
+        settings=vars(s) | {"size": args.size, "seed": args.seed, "concepts": data.concepts,
             f"text in {data.name}": zlib.crc32(repr((train, test)).encode()), "base model":
             args.init and [zlib.crc32(p.detach().cpu().numpy()) for p in base.parameters()]})
 
@@ -575,7 +575,7 @@ def draw(run, results):
     ax = Figure((8, 4.5), layout="constrained").subplots()
     for who, of, style in (("", "", "-"), ("control_", " (control)", ":")):
         log = results[f"{who}trajectory"]
-        for key, color in list(zip(RATES, ("C2", "C3", "C0")))[:2 if who else 3]:
+        for key, color in zip(RATES[:2] if who else RATES, ("C2", "C3", "C0")):
             ax.plot([p["step"] for p in log], [p[key] for p in log], color + style, label=key + of)
     ax.axvline(run.size.produce, color="k", lw=1, label="stage 2 begins")
     ax.set(xlabel="step", ylabel="share of texts", ylim=(-0.05, 1.05))

@@ -17,6 +17,7 @@ from lab import export
 from lab.test_real import GROUPED, T, jsonl_of, small, tokenizer
 from model import Pretrained, load_pretrained
 from test_flags import PROMPTS, one_line
+POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -79,7 +80,9 @@ def test_the_schedule_of_real_text_and_of_a_gpu(tmp_path, monkeypatch):
     prepare = lambda *more: F.prepare(F.parser().parse_args(["--data", data, "--out", out, *more]))
     run, names = prepare(), "rely batch lr top layer muon weight no_prompt supply base wean".split()
     n = round(len(run.data.train) / 12)                     # ten epochs of 128
-    assert [*map(vars(run.size).get, names)] == [n, 128, 0.02, 0, 2, 5, 10, 0.5, 0.9, 48, 0.2]
+    assert [*map(vars(run.size).get, names)] == [n, 128, 0.032, 0, 2, 3, 10, 0.5, 0.9, 48, 0.2]
+    more = prepare("--data", jsonl_of(folder, 12_000)).size     # 8 sqrt(n) steps
+    assert (more.lr, more.muon, more.rely < 1000) == (0.02, 5, True)
     of_init = lambda *more: [*map(vars(prepare("--init", str(folder), *more).size).get, names)]
     monkeypatch.setattr(Pretrained, "to", lambda model, device: model)
     for gpu, *wanted in (                       # 0, 0: no base steps, no wean
@@ -153,9 +156,6 @@ def test_bad_folders_are_one_line(spoil, tmp_path, capsys):
     assert F.main(["--size", "tiny", "--init", str(folder), "--out", str(tmp_path / "run")]) == 2
     one_line(capsys, str(folder))
     assert not (tmp_path / "run").exists()
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
 @pytest.mark.parametrize("name, content", [
