@@ -377,12 +377,12 @@ def auc(scores, labels):
 REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, wean=0.2,
                  no_prompt=0.5, prompts=1024, track=128)   # the rest: `prepare`; why: lab/README.md
 CHECKPOINT = dict(base=0, wean=0, embedding_lr=0.0003, decay=0, height=6.0, prompts=64, track=16)
-FIELDS = "              batch produce rely   lr  weight no_prompt supply muon".split()
+FIELDS = "              batch produce rely   lr  weight no_prompt muon".split()
 SCHEDULE = {        # and two shares of L: k, the blocks trained below k (0: everything is trained)
-    "stories, cpu":    (16,   30,   270, 0.02,  40.0,   0.3,    0.9,   3,   5 / 6, 1 / 5),
-    "stories, cuda":   (64,   30,   600, 0.02,  40.0,   0.3,    0.9,   5,   3 / 4, 0),
-    "real text, cpu":  (64,   15,   150, 0.005, 10.0,   0.7,    1.0,   3,   2 / 5, 1 / 8),
-    "real text, cuda": (128,  15,   600, 0.005, 40.0,   0.5,    0.9,   5,   2 / 5, 0)}
+    "stories, cpu":    (16,   30,   270, 0.02,  40.0,   0.3,    3,   5 / 6, 1 / 5),
+    "stories, cuda":   (64,   30,   600, 0.02,  40.0,   0.3,    5,   3 / 4, 0),
+    "real text, cpu":  (64,   15,   150, 0.005, 10.0,   0.7,    3,   2 / 5, 1 / 8),
+    "real text, cuda": (128,  15,   600, 0.005, 40.0,   0.5,    5,   2 / 5, 0)}
 MOST = dict(supply=1, no_prompt=1, wean=1, muon=99)     # of other fields 2 ** 32 - 1
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
 
