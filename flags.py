@@ -53,24 +53,24 @@ class Size:
     width: int = 128            # C
     context: int = 128          # tokens
     stories: int = 55_000       # of the grammar; finetuning `small` takes 41,600 of them
-    vocab: int = 1008           # with 16 control tokens (lab.compare) a multiple of 64
+    vocab: int = 1008           # tokens, at most; the model has 16 more, for lab.compare
     batch: int = 64             # sequences
     base: int = 200             # steps of the base model
     produce: int = 50           # steps of stage 1
     rely: int = 600             # steps of stage 2
-    wean: float = 0.0           # the last share of stage 2 in which p falls to a third (real text)
     lr: float = 0.01            # peak learning rate of the matrices ...
     embedding_lr: float = 0.03  # ... and of everything else
     decay: float = 0.3          # weight decay of the matrices
     muon: int = 5               # iterations of their optimizer (Newton-Schulz)
     layer: int = 2              # k: flags stand in the stream after this block and all later ones
     supply: float = 0.9         # p: the share of sequences whose flags are supplied in stage 2
+    wean: float = 0.0           # the last share of stage 2 in which p falls to a third (real text)
     weight: float = 24.0        # lambda, of the flag loss
     height: float = 6.0         # a raised flag, in RMS (root mean square) of the base's stream
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind a rate, at most; may change after training
-    track: int = 48             # held-out prompts behind every point of a trajectory
-    every: int = 100            # steps from one point of a trajectory to the next
+    track: int = 48             # held-out prompts behind every point of erosion.png
+    every: int = 100            # steps from one such point to the next
     top: int = 0                # finetune the last `top` blocks alone; 0: everything
 
 
@@ -91,7 +91,7 @@ class Flags:
     layer: int              # k, 1 ... L
     first: int              # flag i is channel first + i; in this file they are the last channels
     count: int              # K
-    height: float = 1.0     # what a 1 is in the stream: Size.height times `loudness`; a 0 is 0
+    height: float = 1.0     # what a 1 is in the stream: Size.height times its RMS (`loudness`)
 
     @property
     def slice(self):
@@ -99,15 +99,15 @@ class Flags:
 
 
 def install(flags, batch, p):
-    """The method, for one batch: (edit, flag_loss).
+    """The method, for one batch: (edit, flag_loss). Flag positions are those with a target (>= 0),
+    from the last token of the prompt on; f is the slice, divided by height.
 
-    edit(layer, x, pos) is called after each block with the stream x (B, T, C). After blocks >= k it
-    reads the slice, then overwrites it in place, in x's dtype. flag_loss(), called after that, is
-    the mean of (f - y)^2 over these blocks, all flags, and the flag positions of all sequences
-    together; f is what was read, divided by height. Flag positions are those with a target (>= 0),
-    from the last token of the prompt on. A sequence is supplied if its batch.draw (B,), uniform and
-    new at each step, is below p: then at its flag positions the slice becomes height * y. The LM
-    loss sends no gradient into what was overwritten: there the flag loss alone teaches."""
+    edit(layer, x, pos), called after each block with the stream x (B, T, C), reads f after blocks
+    >= k, then overwrites the slice in place, in x's dtype: with height * y, at the flag positions
+    of the supplied sequences, whose batch.draw (B,), uniform and new at each step, is below p. The
+    LM loss sends no gradient into what was overwritten: there the flag loss alone teaches.
+    flag_loss(), called after that, is the mean of (f - y)^2 over these blocks, all flags, and the
+    flag positions of all sequences."""
     _, targets, y, draw = batch                         # (B, T), (B, T), (B, K), (B,)
     y, on = y[:, None], (targets >= 0)[..., None]       # (B, 1, K); (B, T, 1) flag positions
     supply_mask = on & (draw < p)[:, None, None]        # (B, T, 1) those of the supplied sequences
@@ -120,7 +120,7 @@ def install(flags, batch, p):
             x[..., flags.slice] = torch.where(supply_mask, flags.height * y.to(x.dtype), own)
         return x
 
-    def flag_loss():    # at flag positions of all sequences, after all blocks >= k, of all flags
+    def flag_loss():
         errors = (torch.stack(reads) - y) ** 2 * on                 # (L - k + 1, B, T, K)
         return errors.sum() / (len(reads) * on.sum() * y.size(-1))
     return edit, flag_loss
@@ -158,7 +158,7 @@ def streams(model, idx, edit=None):
 def own_flags(model, flags, prompts):
     """The model's own flags (B, K) after block k, at the last token of each prompt (ids)."""
     idx = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)
-    x = streams(model, idx.to(model.wte.weight.device))[flags.layer - 1]    # padding is behind
+    x = streams(model, idx.to(model.wte.weight.device))[flags.layer - 1]    # padding: right, unseen
     return x[range(len(x)), last(prompts), flags.slice] / flags.height
 
 
@@ -227,7 +227,7 @@ def train(run, name, model, steps, method=None):
 
 
 def look(run, name, model, step):
-    """A point of the log of a finetuned model: held-out losses, and its RATES, see below."""
+    """A point of erosion.png and of the log: held-out losses, and RATES (see below)."""
     point = dict(zip(("lm_loss", "flag_loss"), held_out(run, model)), step=step + 1,
                  stage=1 if step < run.size.produce else 2)
     return point | {key: ask(run, model, key, run.size.track)[1]["mean"] for key in RATES}
@@ -248,38 +248,39 @@ def held_out(run, model, rows=None):
 
 # ---------------------------------------------------------------------------- measurements
 # A rate is always three calls: a question says prompts and flags, texts are written, a judge reads.
-
 RATES = ("intact", "blank", "conflict")
 
 
 def questions(data, n, seed):
-    """What may be asked of a model: {name: (prompts, flags, score)}, of at most n held-out prompts.
-    flags (B, K), None: free. score(seen, i): of text i, where the judge has seen these concepts."""
+    """What may be asked: {name: (prompts, values, score)}, of at most n held-out prompts. values
+    (B, K) are what the flags are set to; None: free. score(seen, i): of text i, in which the judge
+    has seen these concepts."""
     chance, K = random.Random(seed), len(data.concepts)
     examples = list({e.prompt: e for e in data.test}.values())
-    told = [[data.concepts.index(c) for c in e.concepts] if e.cued else [] for e in examples]
-    pick = lambda size: [(e.prompt, of) for e, of in zip(examples, told) if len(of) == size][:n]
-    one, double = pick(1), pick(2)
-    cued, a = [prompt for prompt, _ in one], [of[0] for _, of in one]
-    b = [chance.choice([j for j in range(K) if j != i]) for i in a]
-    pairs = [chance.sample(of, 2) for _, of in double]
+    def cues(size):     # prompts that tell so many concepts, and the concepts' numbers
+        some = [e for e in examples if e.cued and len(e.concepts) == size][:n]
+        return [e.prompt for e in some], [list(map(data.concepts.index, e.concepts)) for e in some]
+    about = lambda told: lambda seen, i: D.about(seen, *told[i])
+    (cued, a), (double, pairs) = cues(1), cues(2)
+    b = [[chance.choice([j for j in range(K) if j not in told])] for told in a]
+    pairs = [chance.sample(pair, 2) for pair in pairs]
     neutral = [e.prompt for e in examples if not e.cued][:n] if data.words else [""] * n
-    c = [i % K for i in range(len(neutral))]
+    c = [[i % K] for i in range(len(neutral))]
     sets = lambda k: [random.Random(seed + i).sample(range(K), k) for i in range(len(neutral))]
     two, three = (sets(k) if data.words and k <= K else [] for k in (2, 3))     # words tell several
     return {
         # the prompt says a, and the flags:
-        "intact": (cued, None, lambda seen, i: D.about(seen, a[i])),
-        "supplied": (cued, hot(K, zip(a)), lambda seen, i: D.about(seen, a[i])),
-        "blank": (cued, torch.zeros(len(a), K), lambda seen, i: D.about(seen, a[i])),
-        "conflict": (cued, hot(K, zip(b)), lambda seen, i: D.about(seen, b[i])),
-        "kept": (cued, hot(K, zip(b)), lambda seen, i: D.about(seen, a[i])),
+        "intact": (cued, None, about(a)),
+        "supplied": (cued, hot(K, a), about(a)),
+        "blank": (cued, torch.zeros(len(a), K), about(a)),
+        "conflict": (cued, hot(K, b), about(b)),
+        "kept": (cued, hot(K, b), about(a)),
         # the prompt says a pair, the flags its second:
-        "suppress": ([prompt for prompt, _ in double], hot(K, [pair[1:] for pair in pairs]),
+        "suppress": (double, hot(K, [pair[1:] for pair in pairs]),
                      lambda seen, i: D.about(seen, pairs[i][1]) and pairs[i][0] not in seen),
         # the prompt says nothing, and the flags one, two, three concepts:
-        "neutral": (neutral, hot(K, zip(c)), lambda seen, i: D.about(seen, c[i])),
-        "leak": (neutral, hot(K, zip(c)), lambda seen, i: 1 - seen.count(c[i]) / max(1, len(seen))),
+        "neutral": (neutral, hot(K, c), about(c)),
+        "leak": (neutral, hot(K, c), lambda seen, i: 1 - seen.count(*c[i]) / max(1, len(seen))),
         "compose2": (neutral[:len(two)], hot(K, two), lambda seen, i: {*seen} == {*two[i]}),
         "compose3": (neutral[:len(three)], hot(K, three), lambda seen, i: {*seen} == {*three[i]})}
 
@@ -290,7 +291,7 @@ def hot(K, rows):
 
 
 def continue_texts(run, model, prompts, values=None, by=None):
-    """Texts that the model writes behind prompts (strings). values (B, K) are what its flags are
+    """Texts that the model writes after prompts (strings). values (B, K) are what its flags are
     set to; None: they are free. by(ids, values) -> (ids, edit): another way than `steer`."""
     chance = torch.Generator().manual_seed(run.seed)
     ids, edit = [run.tok.prompt(text)[:run.size.context] for text in prompts], None
@@ -310,7 +311,7 @@ def ask(run, model, name, n=None, by=None, texts=None):
 
 
 def stat(values):
-    """Mean with a 95 % bootstrap interval over the values; None of nothing."""
+    """Mean with a 95 % bootstrap interval over the values; None if there are none."""
     values = np.array(list(values), dtype=float)
     if len(values) == 0:
         return None
@@ -378,7 +379,7 @@ REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, wea
                  no_prompt=0.5, prompts=1024, track=128)   # the rest: `prepare`; why: lab/README.md
 CHECKPOINT = dict(base=0, wean=0, embedding_lr=0.0003, decay=0, height=6.0, prompts=64, track=16)
 FIELDS = "              batch produce rely   lr  weight no_prompt muon".split()
-SCHEDULE = {        # and two shares of L: k, the blocks trained below k (0: everything is trained)
+SCHEDULE = {        # and two shares of L: k, the blocks trained below it (0: everything is trained)
     "stories, cpu":    (16,   30,   270, 0.02,  40.0,   0.3,    3,   5 / 6, 1 / 5),
     "stories, cuda":   (64,   30,   600, 0.02,  40.0,   0.3,    5,   3 / 4, 0),
     "real text, cpu":  (64,   15,   150, 0.005, 10.0,   0.7,    3,   2 / 5, 1 / 8),
@@ -414,8 +415,8 @@ def prepare(args):
             raise D.Stop(f"--set {' '.join(own)}: a checkpoint has its own, which can't be changed")
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
         L = base.config.n_layer
-        *row, k, below = SCHEDULE[f"{'stories' if data.words else 'real text'}, {device.type}"]
-        s = replace(s, **CHECKPOINT, **dict(zip(FIELDS, row)), layer=max(1, int(k * L)))
+        *row, depth, below = SCHEDULE[f"{'stories' if data.words else 'real text'}, {device.type}"]
+        s = replace(s, **CHECKPOINT, **dict(zip(FIELDS, row)), layer=max(1, int(depth * L)))
         s.top = below and L - chosen.get("layer", s.layer) + 1 + int(below * L)
         chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context, heads=1)
     s, K = replace(s, **chosen), len(data.concepts)
@@ -458,7 +459,7 @@ def out_folder(args):       # where results go, and where --steer looks for them
 
 
 def train_together(jobs):
-    """train(*job) for each job: what was done. On Linux without GPU side by side: faster."""
+    """train(*job) for each job; returns what each did. On Linux without GPU side by side: faster."""
     threads = torch.get_num_threads()
     if sys.platform == "linux" and jobs[0][0].device.type == "cpu" and threads > 1:
         for job in jobs:
@@ -505,6 +506,7 @@ def main_job(run):
     same, texts, rates = {"kept": "conflict", "leak": "neutral"}, {}, {}    # texts asked before
     for name in run.asked:
         texts[name], rates[name] = ask(run, flagged, name, texts=texts.get(same.get(name)))
+    own = {name: rates.pop(name) for name in ("intact", "supplied", "blank")}
     git = f'git -C "{Path(__file__).parent}" log -1 --format=%h -- flags.py model.py data.py'
     results = {
         "size": run.settings["size"], "data": run.data.name, "seed": run.seed,
@@ -516,8 +518,7 @@ def main_job(run):
         "loss": {name: held_out(run, model, run.test)[0] for name, model in models.items()},
         "read": reading(run, flagged),
         "reliance": {name: {key: ask(run, models[name], key)[1] for key in ("intact", "blank")}
-                     for name in ("base", "control")} | {
-            "flags": {key: rates.pop(key) for key in ("intact", "supplied", "blank")}},
+                     for name in ("base", "control")} | {"flags": own},
         "steer": rates | fluency(run, base, texts["conflict"]) | {
             "switch": switch(run, flagged, texts["neutral"]) if texts["compose2"] else None},
         "judge": {"kind": "words" if run.data.words else "learned", "accuracy": run.accuracy},
@@ -539,8 +540,7 @@ def main_job(run):
 
 
 def show(results):
-    rows = {"judge": results["judge"]["accuracy"]} | results["read"]
-    rows |= dict(reversed(results["steer"].items()))
+    rows = {"judge": results["judge"]["accuracy"]} | results["read"] | results["steer"]
     for name, table in results["reliance"].items():
         rows |= {f"{name} {key}": row for key, row in table.items()}
     print("\nmeasured on held-out prompts (mean, 95 % interval)")
@@ -553,7 +553,7 @@ def show(results):
         print(f"\n  {sample['prompt']}  [flags: {''.join(sample['flags'])}]\n    {sample['text']}")
 
 
-def progress(line, left, end=False, shown=[0.0]):   # a terminal keeps `end` lines alone
+def progress(line, left, end=False, shown=[0.0]):   # a terminal keeps only `end` lines
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     if end or time.time() - shown[0] > (0.5 if terminal else 5):
         shown[0], width = time.time(), shutil.get_terminal_size().columns - 1
