@@ -459,7 +459,7 @@ def out_folder(args):       # where results go, and where --steer looks for them
 
 
 def train_together(jobs):
-    """train(*job) for each job; returns what each did. On Linux without GPU side by side: faster."""
+    """train(*job) for each job; returns what each did. On Linux without GPU in parallel: faster."""
     threads = torch.get_num_threads()
     if sys.platform == "linux" and jobs[0][0].device.type == "cpu" and threads > 1:
         for job in jobs:

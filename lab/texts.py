@@ -1,22 +1,25 @@
-"""Real labelled text from Debian packages, as .jsonl files for --data.
+"""Real labelled text, as .jsonl files for --data: from Python's packages and from Debian's.
 
-    apt-get install wordnet-base fortunes dict-gcide
-    python -m lab.texts out/texts       # verbs, adjectives, packages, packages-3000, ...
+    apt-get install wordnet-base fortunes dict-gcide manpages manpages-dev \\
+        manpages-{cs,de,es,fr,hu,it,ja,nl,pl,ro,ru,zh}
+    python -m lab.texts out/texts       # verbs, adjectives, packages, docstrings, languages, ...
     python flags.py --data out/texts/verbs.jsonl
 
 Each set has at most 16 concepts, the most frequent ones. A set whose source is missing is left out.
 """
 import argparse
+import ast
 import gzip
 import json
 import random
 import re
 import subprocess
+import sysconfig
 from collections import Counter
 from pathlib import Path
 
 WORDNET, FORTUNES = Path("/usr/share/wordnet"), Path("/usr/share/games/fortunes")
-DICTIONARY = Path("/usr/share/dictd/gcide.dict.dz")
+DICTIONARY, MANUAL = Path("/usr/share/dictd/gcide.dict.dz"), Path("/usr/share/man")
 
 
 def wordnet(part):
@@ -29,13 +32,26 @@ def wordnet(part):
                 yield lemma.replace("_", " ") + ":", gloss, f"file {fields[1]}"
 
 
-def packages():
-    """A package's name -> its short description; the concept is its section."""
+def debian():
+    """The entries of Debian's list of packages, as dictionaries."""
     listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True)
     for entry in listed.stdout.split("\n\n"):
-        fields = dict(re.findall(r"^(Package|Description|Section): (.*)", entry, re.M))
-        if len(fields) == 3:
+        fields = re.findall(r"^(Package|Description|Section|Tag): (.*(?:\n .*)*)", entry, re.M)
+        yield {name: text.split("\n")[0] if name != "Tag" else text for name, text in fields}
+
+
+def packages():
+    """A package's name -> its short description; the concept is its section."""
+    for fields in debian():
+        if {"Package", "Description", "Section"} <= fields.keys():
             yield fields["Package"] + ":", fields["Description"], fields["Section"].split("/")[-1]
+
+
+def works():
+    """A package's name -> its short description; concepts: all that it works with (its tags)."""
+    for fields in debian():
+        if tags := re.findall("works-with::([^, ]+)", fields.get("Tag", "")):
+            yield fields["Package"] + ":", fields["Description"], tags
 
 
 def fortunes():
@@ -57,14 +73,60 @@ def dictionary():
             yield found[1] + ":", " ".join(found[3].split()), found[2]
 
 
+def docstrings():
+    """A function's or class's name -> its docstring's first sentence; concept: its package."""
+    site = Path(sysconfig.get_path("purelib"))
+    for file in sorted(site.glob("[a-z]*/**/*.py")):
+        try:
+            tree = ast.parse(file.read_text("utf-8"))
+        except (OSError, ValueError, SyntaxError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                words = (ast.get_docstring(node) or "").split()
+                text = re.match(r".*?\.(?= |$)|", " ".join(words))[0]
+                if 20 < len(text) < 200:
+                    yield node.name + ":", text, file.relative_to(site).parts[0]
+
+
+def manual(pages, concept, most):
+    """The beginning of a manual page's sentence -> the rest of it. At most so many, at random."""
+    items = {}
+    for file in pages:
+        source = gzip.open(file).read().decode("utf-8", "replace")
+        source = re.sub(r"^\.([BI]|BR|RB|IR|RI|BI|IB) +", "", source, flags=re.M)   # bold, italics
+        for paragraph in re.split(r"^(?:[.'].*|\s*)$", source, flags=re.M):
+            plain = re.sub(r"\\([*f]?\(..|f\[.*?\]|f.|.)", "", paragraph.replace(r"\-", "-"))
+            sentence = re.split(r"(?<=[.!?]) |(?<=。)", " ".join(plain.split()))[0]
+            cut = sentence.rfind(" ", 6, 24) + 1 or 8       # Chinese and Japanese have no spaces
+            if 30 < len(sentence) < 200 or cut == 8 and 20 < len(sentence) < 200:
+                items[sentence[cut:]] = sentence[:cut].strip(), sentence[cut:], concept
+    return random.Random(0).sample(list(items.values()), min(most, len(items)))
+
+
+def languages():
+    """Manual pages; the concept is their language."""
+    yield from manual(sorted(MANUAL.glob("man[1-8]/*.gz")), "en", 900)
+    for name in "cs de es fr hu it ja nl pl ro ru sv tr uk zh_CN".split():
+        yield from manual(sorted(MANUAL.glob(f"{name}/man[1-8]/*.gz")), name, 900)
+
+
+def sections():
+    """English manual pages; the concept is the section of the manual."""
+    for folder in sorted(MANUAL.glob("man[1-8]")):
+        yield from manual(sorted(folder.glob("*.gz")), f"section {folder.name[3]}", 600)
+
+
 def save(path, items, most=16, least=100):
     """The items of the `most` frequent concepts that have `least` examples."""
-    counts = Counter(concept for *_, concept in items)
+    items = [(*rest, [of] if isinstance(of, str) else of) for *rest, of in items]
+    counts = Counter(concept for *_, concepts in items for concept in concepts)
     kept = {concept for concept, n in counts.most_common(most) if n >= least}
-    items = [item for item in items if item[2] in kept and item[1].strip()]
+    items = [(prompt, text, [concept for concept in concepts if concept in kept])
+             for prompt, text, concepts in items if kept & {*concepts} and text.strip()]
     with open(path, "w") as file:
-        for prompt, text, concept in items:
-            line = {"prompt": prompt, "text": text, "concepts": [concept]}
+        for prompt, text, concepts in items:
+            line = {"prompt": prompt, "text": text, "concepts": concepts}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     print(f"{path}: {len(items):,} lines, {len(kept)} concepts")
     return items
@@ -80,7 +142,8 @@ def main():
     except OSError as error:
         p.error(error)
     sets = {"verbs": lambda: wordnet("verb"), "adjectives": lambda: wordnet("adj"),
-            "packages": packages, "fortunes": fortunes, "dictionary": dictionary}
+            "packages": packages, "fortunes": fortunes, "dictionary": dictionary, "works": works,
+            "docstrings": docstrings, "languages": languages, "sections": sections}
     for name, make in sets.items():
         try:
             items = list(make())
