@@ -15,6 +15,7 @@ import random
 import re
 import subprocess
 import sysconfig
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def dictionary():
 def docstrings():
     """A function's or class's name -> its docstring's first sentence; concept: its package."""
     site = Path(sysconfig.get_path("purelib"))
+    warnings.simplefilter("ignore")     # of foreign code, as ast reads it
     for file in sorted(site.glob("[a-z]*/**/*.py")):
         try:
             tree = ast.parse(file.read_text("utf-8"))
@@ -145,6 +147,7 @@ def main():
             "packages": packages, "fortunes": fortunes, "dictionary": dictionary, "works": works,
             "docstrings": docstrings, "languages": languages, "sections": sections}
     for name, make in sets.items():
+        print(f"reading {name}, up to a minute", flush=True)
         try:
             items = list(make())
         except (OSError, subprocess.CalledProcessError) as error:

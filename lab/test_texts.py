@@ -1,0 +1,41 @@
+"""What lab.texts makes of a manual page, and which lines it keeps."""
+import gzip
+import json
+
+from lab import texts
+
+PAGE = r""".\" a comment that is no text
+.TH LS 1
+.SH NAME
+ls \- list directory contents, in order, of each folder. And more.
+.PP
+.B ls
+shows \fBnothing\fP at all, \(aqquoted\(aq, of files that are not there.
+
+Short.
+.PP
+ls は、ディレクトリの内容をアルファベット順に一覧表示する。
+.PP
+ファイルの情報を新しい順に並べて表示する。
+"""
+
+
+def test_a_manual_page_gives_plain_sentences_cut_in_two(tmp_path):
+    page = tmp_path / "ls.1.gz"
+    page.write_bytes(gzip.compress(PAGE.encode()))
+    assert sorted(texts.manual([page], "en", 9)) == sorted([
+        ("ls - list directory", "contents, in order, of each folder.", "en"),
+        ("ls shows nothing at", "all, quoted, of files that are not there.", "en"),
+        ("ls は、ディレ", "クトリの内容をアルファベット順に一覧表示する。", "en"),
+        ("ファイルの情報を", "新しい順に並べて表示する。", "en")])
+    assert len(texts.manual([page], "en", 2)) == 2
+
+
+def test_kept_are_the_frequent_concepts_of_each_line(tmp_path, capsys):
+    items = [("a:", "one", "cat"), ("b:", "two", ["cat", "dog", "eel"]), ("c:", "three", "dog"),
+             ("d:", "four", "eel"), ("e:", " ", "cat")]
+    texts.save(tmp_path / "some.jsonl", items, most=2, least=2)
+    kept = [json.loads(line) for line in (tmp_path / "some.jsonl").read_text().splitlines()]
+    assert [(line["prompt"], line["concepts"]) for line in kept] == [
+        ("a:", ["cat"]), ("b:", ["cat", "dog"]), ("c:", ["dog"])]
+    assert "3 lines, 2 concepts" in capsys.readouterr().out
