@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-K, C, H = 3, 16, 4.0
+K, C, H = 3, 20, 4.0
+FIRST, SLICE, REST = 13, slice(13, 16), [*range(13), *range(16, 20)]    # not the last channels
 POS = torch.arange(4)[None]
 
 
@@ -27,16 +28,18 @@ def same(a, b):
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-5)
 
 
-def there(function, *args):
-    """What it returns on the device "meta", where nothing is calculated; None, if it mixes two."""
+def there(function, *args, else_=False):
+    """Whether it works on the device "meta", where nothing is calculated: not, if it mixes two.
+    else_: what counts if it uses something that needs numbers, such as a boolean mask."""
     try:
-        return function(*args)
-    except (RuntimeError, NotImplementedError):
-        return None
+        function(*args)
+    except RuntimeError as error:
+        return else_ and isinstance(error, NotImplementedError)
+    return True
 
 
 def steer(F):
-    flags, values = F.Flags(2, 13, K, H), torch.tensor([[1., 0, 1], [0, 1, 0]])
+    flags, values = F.Flags(2, FIRST, K, H), torch.tensor([[1., 0, 1], [0, 1, 0]])
     x0, pos = torch.randn(2, 9, C), torch.arange(9)[None]
     edit = F.steer(flags, torch.tensor([3, 6]), values)
     yield same(edit(1, x0.clone(), pos), x0), "block 1 is before k = 2: leave x as it is"
@@ -44,22 +47,22 @@ def steer(F):
         x = edit(layer, x0.clone(), pos)
         for b, t in ((0, 3), (1, 6)):
             yield same(x[b, :t], x0[b, :t]), f"row {b} starts at {t}: nothing before it changes"
-            yield (same(x[b, t:, 13:], (H * values[b]).expand(9 - t, K)),
+            yield (same(x[b, t:, SLICE], (H * values[b]).expand(9 - t, K)),
                    f"block {layer}, row {b}: from position {t} ON (>=) the slice is height x "
                    "value, 0 too, and again after EVERY block from k on")
-        yield same(x[..., :13], x0[..., :13]), "only the flags' channels change"
+        yield same(x[..., REST], x0[..., REST]), "only the flags' channels change"
     x = torch.randn(2, 1, C)
     y = edit(2, x.clone(), torch.tensor([[5], [5]]))
-    yield (same(y[0, 0, 13:], H * values[0]), "while decoding, x is one token: compare start with "
+    yield (same(y[0, 0, SLICE], H * values[0]), "while decoding, x is one token: compare start with "
            "pos, not with x's own index, and anew at each call")
     yield same(y[1], x[1]), "row 1 starts at 6, this is position 5: each row has a start of its own"
     zero = F.steer(flags, torch.tensor([0]), torch.zeros(1, K))(2, x[:1].clone(), pos[:, :1])
-    yield zero[0, 0, 13:].eq(0).all(), "values of 0 are written, too: that lowers a flag"
+    yield zero[0, 0, SLICE].eq(0).all(), "values of 0 are written, too: that lowers a flag"
     half = edit(2, x.bfloat16(), torch.tensor([[7]]))
     yield half.dtype == torch.bfloat16, "the stream keeps its dtype"
-    yield same(half[1, 0, 13:], H * values[1]), "pos may be (1, T), one for all rows"
-    x = there(edit, 2, x0.to("meta"), pos.to("meta"))
-    yield x is not None, "start and values may be on another device than x: x.device says which"
+    yield same(half[1, 0, SLICE], H * values[1]), "pos may be (1, T), one for all rows"
+    yield (there(edit, 2, x0.to("meta"), pos.to("meta"), else_=True),
+           "start and values may be on another device than x: x.device says which")
 
 
 def pad(D):
@@ -82,11 +85,11 @@ def pad(D):
 
 
 def setting(F, D):
-    targets = torch.tensor([[-100, 5, 5, -100], [5, 5, 5, 5], [-100, -100, -100, 5]])
+    targets = torch.tensor([[-100, 5, 0, -100], [5, 5, 5, 5], [-100, -100, -100, 5]])
     y = torch.tensor([[1., 0, 0], [0, 1, 1], [0, 0, 1]])
     batch = lambda draw: D.Batch(targets.clamp(min=0), targets, y, torch.tensor(draw))
     xs = [torch.randn(3, 4, C) for _ in range(3)]
-    return F.Flags(2, 13, K, H), batch, targets >= 0, y, xs
+    return F.Flags(2, FIRST, K, H), batch, targets >= 0, y, xs
 
 
 def install_write(F, D):
@@ -103,10 +106,10 @@ def install_write(F, D):
                 yield (same(x[b][~w], x0[b][~w]), f"p = {p}, draws {draw}: sequence {b} is changed "
                        "where it must not be: only at flag positions, where a target is >= 0, of "
                        "sequences with draw < p (not <=)")
-                yield (same(x[b][w][:, 13:], (H * y[b]).expand(int(w.sum()), K)),
+                yield (same(x[b][w][:, SLICE], (H * y[b]).expand(int(w.sum()), K)),
                        f"p = {p}, draws {draw}, block {layer}, sequence {b}: where draw < p the "
                        "slice is height x y, after EVERY block from k on")
-                yield same(x[b][:, :13], x0[b][:, :13]), "only the flags' channels change"
+                yield same(x[b][:, REST], x0[b][:, REST]), "only the flags' channels change"
     half = F.install(flags, batch([.1, .9, .1]), 0.5)[0](2, xs[0].bfloat16(), POS)
     yield half.dtype == torch.bfloat16, "the stream keeps its dtype"
 
@@ -114,13 +117,14 @@ def install_write(F, D):
 def install_loss(F, D):
     yield from install_write(F, D)
     flags, batch, on, y, xs = setting(F, D)
-    error = lambda x: ((x[..., 13:] / H - y[:, None]) ** 2)[on].mean()
-    for p, draw in ((0.0, [0.] * 3), (1.0, [.1] * 3), (0.5, [.4, .6, .6]), (0.0, [0.] * 3)):
+    error = lambda x: ((x[..., SLICE] / H - y[:, None]) ** 2)[on].mean()
+    for p, draw, n in ((0.0, [0.] * 3, 3), (1.0, [.1] * 3, 3), (0.5, [.4, .6, .6], 2),
+                       (0.0, [0.] * 3, 1)):         # n: blocks from k on
         edit, flag_loss = F.install(flags, batch(draw), p)
         edit(1, torch.randn(3, 4, C), POS)
-        for layer, x in enumerate(xs, start=2):
+        for layer, x in enumerate(xs[:n], start=2):
             edit(layer, x.clone(), POS)
-        yield (same(flag_loss(), torch.stack([error(x) for x in xs]).mean()),
+        yield (same(flag_loss(), torch.stack([error(x) for x in xs[:n]]).mean()),
                "read BEFORE you write, and keep a copy, since a slice is a view: the loss is of "
                "what the model itself put there, in supplied sequences as in others" if p else
                "the flag loss is a mean over all blocks from k on, all flag positions of the batch "
@@ -128,14 +132,20 @@ def install_loss(F, D):
                "each batch has a list of reads of its own")
         xs = [torch.randn(3, 4, C) for _ in range(3)]
     edit, flag_loss = F.install(flags, batch([0., 0., 0.]), 1.0)
-    x = torch.randn(3, 4, C, requires_grad=True)
-    edit(2, x.clone(), POS).sum().backward(retain_graph=True)
-    yield x.grad[..., 13:][on].eq(0).all(), "what was overwritten gets no LM gradient"
-    yield x.grad[..., :13].eq(1).all(), "all other channels pass the LM gradient"
+    xs = [x.requires_grad_() for x in xs]
+    for layer, x in enumerate(xs, start=2):
+        edit(layer, x.clone(), POS).sum().backward(retain_graph=True)
+        yield x.grad[..., SLICE][on].eq(0).all(), "what was overwritten gets no LM gradient"
+        yield x.grad[..., REST].eq(1).all(), "all other channels pass the LM gradient"
     found = flag_loss()
     yield found.requires_grad, "the flag loss must reach the model: no detach"
     found.backward()
-    yield x.grad[..., 13:][on].ne(0).all(), "the flag loss must reach all flags"
+    yield (all(x.grad[..., SLICE][on].ne(0).all() for x in xs),
+           "the flag loss must reach all flags, after every block from k on")
+
+
+def digest(model):
+    return zlib.crc32(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters()))
 
 
 def experiment(F, producing):
@@ -145,7 +155,18 @@ def experiment(F, producing):
     run = F.prepare(F.parser().parse_args([
         "--size", "tiny", "--seed", "7", "--out", str(out),
         "--set", "rely=160", "every=40", "track=64", "prompts=64"]))
-    s, curves = run.size, producing.experiment(run)
+    begun, untrained, optimizers = [], digest(run.base), F.optimizers
+
+    def spy(model, *more):      # each training asks for its optimizers when it begins
+        begun.append((digest(model), run.flags.height))
+        return optimizers(model, *more)
+    with mock.patch.object(F, "optimizers", spy):
+        s, curves = run.size, producing.experiment(run)
+    starts = [start for start, _ in begun[1:]]
+    yield (begun and begun[0][0] == untrained and untrained not in starts,
+           "train run.base first: no model here has learned anything yet")
+    yield len(starts) == 3 and len(set(starts)) == 1, "three trainings begin from one trained base"
+    yield begun and begun[-1][1] != 1, "a raised flag has a height: run.flags.height, as `train_all` sets it"
     yield curves.keys() >= {"p = 0", "p = 1"}, 'two curves: "p = 0" and "p = 1"'
     yield "control" in curves, "without the control one can't tell what finetuning alone does"
     for name, points in curves.items():
@@ -169,6 +190,7 @@ def auc(F):
             ([4., 3., 2., 1.], [0, 0, 1, 1], 0, "positives below all negatives: 0"),
             ([1., 2., 3., 3.], [0, 1, 0, 1], 2.5 / 4, "a tie counts half"),
             ([5.] * 9, [0, 1] * 4 + [0], 0.5, "all the same: 0.5"),
+            ([.30, .31], [0, 1], 1, "only what is equal is a tie"),
             ([.1, .9, .3, .2, .8], [0, 1, 1, 0, 0], 5 / 6, "count PAIRS of a 1 and a 0")):
         found = F.auc(torch.tensor(scores), torch.tensor(labels).float())
         yield abs(found - area) < 1e-6, hint
@@ -177,19 +199,24 @@ def auc(F):
 
 def means(compare, F, D):
     x, y = torch.randn(4, 5, 6), [[[1., 0], [0, 1]], [[1., 1], [0, 1]]]
-    targets = torch.tensor([[[-100, 1, 1, 1, -100], [1] * 5],
+    targets = torch.tensor([[[-100, 1, 0, 1, -100], [1] * 5],
                             [[-100] * 4 + [1], [-100, 1, -100, -100, -100]]])
     batches = [D.Batch(t.clamp(min=0), t, torch.tensor(labels), torch.zeros(2))
                for t, labels in zip(targets, y)]
     run = SimpleNamespace(data=SimpleNamespace(concepts=["a", "b"]), device=torch.device("cpu"),
-                          train=None, seed=0, flags=F.Flags(2, 4, 2))
+                          train=None, seed=3, flags=F.Flags(2, 4, 2), size=F.Size(width=6, flags=2))
+    asked = []
+
+    def batch(rows, step, size, seed, no_prompt=0.0):
+        asked.append((size, seed, no_prompt))
+        return batches[step]
     stream = lambda idx: x[:2] if idx.equal(batches[0].idx) else x[2:]
     streams = lambda model, idx, edit=None: [scale * stream(idx) for scale in (-1, 1, 2)]
-    with (mock.patch.object(D, "batch", lambda rows, step, *more, **named: batches[step]),
-          mock.patch.object(F, "streams", streams)):
+    with mock.patch.object(D, "batch", batch), mock.patch.object(F, "streams", streams):
         found = compare.means(run, SimpleNamespace(config=SimpleNamespace(n_embd=6)), batches=2)
     a = torch.cat([x[0, 1:4], x[2, 4:]]).mean(0)
     b = torch.cat([x[1], x[2, 4:], x[3, 1:2]]).mean(0)
+    yield asked == [(100, 3, 0.0)] * 2, "batches of 100, by run.seed, all with their prompts"
     yield found.shape == (2, 6), "one direction for each concept: (K, C)"
     yield (same(found.sum(0), torch.zeros(6)),
            "centre: take away the mean over concepts, what all share is no direction")
@@ -201,20 +228,23 @@ def means(compare, F, D):
 
 def ridge(probe):
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(50, 6, generator=g) * torch.tensor([1, 100, .01, 1, 1, 0]) + 5
+    scale = torch.tensor([1, 100, .01, 1, 1, 0, 1e-5])      # of a channel that never changes: 0
+    offset = torch.tensor([5, 5, 5, 5, 5, 5, 0])
+    x = torch.randn(50, 7, generator=g) * scale + offset
     y = (torch.randn(50, 3, generator=g) > 0).long()
-    x_test = torch.randn(7, 6, generator=g) * 3 + 4
-    both = (torch.cat([x, x_test]) - x.mean(0)) / x.std(0).clamp(min=1e-4)
-    a, b = torch.cat([both, torch.ones(57, 1)], 1).double().split([50, 7])
+    x_test = torch.randn(7, 7, generator=g) * torch.tensor([3, 3, 3, 3, 3, 3, 1e-4]) + offset
+    ours, test = x.double(), x_test.double()
+    both = (torch.cat([ours, test]) - ours.mean(0)) / ours.std(0).clamp(min=1e-4)
+    a, b = torch.cat([both, torch.ones(57, 1)], 1).split([50, 7])
     for penalty, hint in ((1.0, ""), (10.0, "; penalty is an argument"), (0.1, "")):
         found = probe.ridge(x, y, x_test, penalty)
         yield found.shape == (7, 3), "scores (M, K): one row for each of x_test"
         yield torch.isfinite(found).all(), "a channel that never changes has std 0: clamp it"
-        gram = a.T @ a + penalty * torch.eye(7, dtype=torch.double)
+        gram = a.T @ a + penalty * torch.eye(8, dtype=torch.double)
         wanted = b @ torch.linalg.solve(gram, a.T @ y.double())
-        yield (torch.allclose(found.double(), wanted, atol=1e-4, rtol=1e-3),
-               "standardise BOTH by the mean and std of x, add a column of ones, solve "
-               f"(X'X + penalty I) W = X'y{hint}; x.std(0) divides by N - 1")
+        yield (torch.allclose(found.double(), wanted, atol=2e-3, rtol=2e-3),
+               "standardise BOTH by the mean and std of x (at least 1e-4), add a column of ones, "
+               f"solve (X'X + penalty I) W = X'y{hint}; x.std(0) divides by N - 1")
 
 
 def route(compare, F, D):
@@ -225,7 +255,7 @@ def route(compare, F, D):
 
     def grad(words, layer):
         run = SimpleNamespace(
-            flags=F.Flags(2, 13, K, H), tok=tok, device=torch.device("cpu"),
+            flags=F.Flags(2, FIRST, K, H), tok=tok, device=torch.device("cpu"),
             data=SimpleNamespace(concepts=["sea", "farm", "ice"], words=words),
             size=SimpleNamespace(layers=4, width=C))
         x = torch.randn(1, 6, C, requires_grad=True)
@@ -268,7 +298,7 @@ def cache(model):
     yield (c.length == 6 and c.kv[0][0].size(2) == 8,
            "one buffer of `size` positions for each layer, filled: no torch.cat")
     k = torch.empty(1, 2, 3, 4, device="meta")
-    yield (there(model.Cache(1, 8, torch.zeros(1, dtype=torch.int64)).append, k, k) is not None,
+    yield (there(model.Cache(1, 8, torch.zeros(1, dtype=torch.int64)).append, k, k),
            "the buffers are on k's device")
 
 
@@ -289,6 +319,7 @@ def bpe(D):
     yield made(["aaaa"], 2) == ["aa", "aaaa"], "from left to right, without overlap"
     yield (len(made(["ab"], 9)) == 1,
            "fewer merges if there are no more pairs, also of pairs seen once")
+    yield made((text for text in ["ab"]), 1) == ["ab"], "texts may be a generator: go through once"
     tok = D.train_bpe(["ab ab"], 259)
     yield (tok.n_vocab, tok.end) == (259, 258), "vocab_size tokens in all; END is the last id"
     try:
@@ -302,6 +333,8 @@ def compose(name="you", folders=()):
     seeds = [zlib.crc32(f"{name} {i}".encode()) % 9000 + 1000 for i in range(3)]
     yield (len(folders) == 3, f"run your schedule with the seeds {seeds}, made of your name, once "
            "each, and give the three folders: check.py 11 --name NAME out/a out/b out/c")
+    if len(folders) != 3:
+        return
     files = [Path(folder) / "results.json" for folder in folders]
     for file in files:
         yield file.exists(), f"there is no {file}: run your schedule to its end"
@@ -314,18 +347,18 @@ def compose(name="you", folders=()):
     yield (len({r["parameters"] for r in results}) == 1 and results[0]["parameters"] < 1e6,
            "the model of --size small")
     lowest = min(r["steer"]["compose3"]["mean"] for r in results)
-    yield lowest > 0.905, f"the lowest of three compose3 counts: {lowest:.3f} is not above 0.905"
+    yield lowest > 0.96, f"the lowest of three compose3 counts: {lowest:.3f} is not above 0.96"
     cost = max(r["loss"]["flags"] - r["loss"]["control"] for r in results)
     yield cost <= 0.01, f"LM loss is {cost:.3f} over the control's with one seed; 0.01 is allowed"
 
 
 # number: points in all, then groups of checks with the modules that they look into
 CHECKS = {"1": (22, (steer, "flags")), "2": (8, (pad, "data")),
-          "3": (110, (install_write, "flags", "data")), "4": (118, (install_loss, "flags", "data")),
-          "5": (16, (experiment, "flags", "lab.producing")), "6": (6, (auc, "flags")),
-          "7": (3, (means, "lab.compare", "flags", "data")), "8": (9, (ridge, "lab.probe")),
+          "3": (110, (install_write, "flags", "data")), "4": (122, (install_loss, "flags", "data")),
+          "5": (19, (experiment, "flags", "lab.producing")), "6": (7, (auc, "flags")),
+          "7": (4, (means, "lab.compare", "flags", "data")), "8": (9, (ridge, "lab.probe")),
           "9": (10, (route, "lab.compare", "flags", "data")),
-          "10": (49, (cache, "model"), (bpe, "data")), "11": (10, (compose,))}
+          "10": (50, (cache, "model"), (bpe, "data")), "11": (10, (compose,))}
 
 
 def check(number, *more):
@@ -344,7 +377,8 @@ def check(number, *more):
                           else (frame.filename, frame.lineno))
             said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             hints.append(f"{said} ({Path(file).name}, line {line}): does it return what its "
-                         "docstring says? An edit returns x, install a pair")
+                         "docstring says?" + " An edit returns x, install a pair" * (
+                             number in ("1", "3", "4", "9")))
     return hints.count(""), total, next(filter(None, hints), "")
 
 
@@ -354,7 +388,7 @@ if __name__ == "__main__":
     p.add_argument("folders", nargs="*", help="of exercise 11")
     p.add_argument("--name", default="you", help="of exercise 11")
     p.add_argument("--json", action="store_true")
-    args = p.parse_args()
+    args = p.parse_intermixed_args()    # folders may stand behind --name
     if args.number != "5":
         torch.set_num_threads(1)
     more = (args.name, args.folders) if args.number == "11" else ()

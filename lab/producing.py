@@ -13,7 +13,8 @@ from lab.tools import change
 def experiment(run):
     """Curves of three trainings from one base, each of all steps of both stages: {"control":
     points, "p = 0": points, "p = 1": points}. The control knows LM loss alone; in the other two
-    stage 2 supplies the flags of no sequence, or of every sequence. points are what flags.train
+    stage 2 supplies the flags of no sequence, or of every sequence. run.base is untrained, and
+    run.flags.height 1: see to both first, as flags.train_all does. points are what flags.train
     logs ({"step", "stage", "intact", "blank", "conflict", ...}), those of stage 1 included."""
     s, steps = run.size, run.size.produce + run.size.rely
     F.train(run, "base", run.base, s.base)

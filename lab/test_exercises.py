@@ -57,7 +57,7 @@ def test_originals_pass_and_wrong_answers_fail_with_a_hint(number, monkeypatch):
 
 
 def test_there_are_enough_wrong_answers():
-    assert sum(len(set(wrong_answers(number))) for number in check.CHECKS) == 127
+    assert sum(len(set(wrong_answers(number))) for number in check.CHECKS) == 140
 
 
 def curves_of(run, change):
@@ -66,9 +66,13 @@ def curves_of(run, change):
     points = lambda conflict, flag_loss: [
         {"step": step, "stage": 1 + (step > begin), "intact": 1, "blank": 0, "flag_loss": flag_loss,
          "conflict": conflict if step > begin else 0.2} for step in (begin, 40, 80, 120, end)]
-    space = {"points": points, "curves": {
+    space = {"points": points, "run": run, "weights": [0.0, 1.0, 1.0, 1.0], "curves": {
         "control": points(0.2, 1.0), "p = 0": points(0.3, 0.1), "p = 1": points(1.0, 0.1)}}
+    run.flags.height = 6.0
     exec(change, space)
+    for weight in space["weights"]:     # of the model that each training begins with
+        torch.nn.init.constant_(run.base.weight, weight)
+        F.optimizers(run.base)
     return space["curves"]
 
 
@@ -83,10 +87,19 @@ def curves_of(run, change):
     ("curves['p = 0'] = curves['p = 1']", "nobody is supplied"),
     ("curves['control'] = curves['p = 0']", "the control has no flag loss"),
     ("curves['p = 0'] = points(0.3, 1.0)", "flags are still produced"),
-    ("curves['p = 1'][0]['conflict'] = 0.9", "stage 1 is the same")])
+    ("curves['p = 1'][0]['conflict'] = 0.9", "stage 1 is the same"),
+    ("weights[:] = 4 * [0.0]", "train run.base first"), ("weights[0] = 1.0", "train run.base first"),
+    ("weights[1] = 2.0", "one trained base"), ("weights.pop()", "three trainings"),
+    ("weights.clear()", "train run.base first"), ("run.flags.height = 1.0", "a raised flag")])
 def test_wrong_experiments_fail_with_a_hint(change, hint, monkeypatch):
     size = dataclasses.replace(F.SIZES["tiny"], rely=160)
-    monkeypatch.setattr(F, "prepare", lambda args: SimpleNamespace(size=size))
+
+    def prepare(args):
+        base = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(base.weight)
+        return SimpleNamespace(size=size, base=base, flags=F.Flags(1, 0, 4))
+    monkeypatch.setattr(F, "prepare", prepare)
+    monkeypatch.setattr(F, "optimizers", lambda model: [])
     monkeypatch.setattr("lab.producing.experiment", lambda run: curves_of(run, change))
     found = check.check("5")[2]
     points, total, _ = check.check("5")
@@ -98,23 +111,27 @@ def test_the_open_exercise_wants_three_fresh_seeds(tmp_path):
 
     def hint(name="ada", **more):       # of three runs, where the second has something else
         for i, (folder, seed) in enumerate(zip(folders, seeds)):
-            result = {"seed": seed, "steer": {"compose3": {"mean": 0.95, "n": 256}},
+            result = {"seed": seed, "steer": {"compose3": {"mean": 0.97, "n": 256}},
                       "data": "stories", "read": {"auc": {"n": 16}},
                       "parameters": 9e5, "loss": {"flags": 0.70, "control": 0.70}}
             folder.mkdir(exist_ok=True)
             (folder / "results.json").write_text(json.dumps(result | (more if i == 1 else {})))
         return check.check("11", name, folders)[2]
-    wanted = check.check("11", "ada", [])[2]
+    points, _, wanted = check.check("11", "ada", [])
+    assert points == 0
     seeds = json.loads(wanted[wanted.index("["):wanted.index("]") + 1])
     assert hint() == ""
     assert "seeds must be" in hint("eve")
     assert "with all 16 flags" in hint(read={"auc": {"n": 3}})
     assert "with all 16 flags" in hint(data="my.jsonl", steer={"compose3": None})
     assert "one seed" in hint(loss={"flags": 0.72, "control": 0.7})
-    assert "lowest" in hint(steer={"compose3": {"mean": 0.9, "n": 256}})
-    assert "at least 256" in hint(steer={"compose3": {"mean": 0.95, "n": 20}})
+    assert "lowest" in hint(steer={"compose3": {"mean": 0.95, "n": 256}})
+    assert "at least 256" in hint(steer={"compose3": {"mean": 0.97, "n": 20}})
     (folders[1] / "results.json").unlink()
     assert f"there is no {folders[1]}" in check.check("11", "ada", folders)[2]
+    command = [sys.executable, ROOT / "exercises" / "check.py", "11", "--name", "ada", *folders]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 1 and f"there is no {folders[1]}" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("number", [str(n) for n in range(1, 12)])
@@ -145,4 +162,7 @@ def test_every_starter_imports_and_has_one_exercise_open(number, tmp_path):
         assert told["points"] < told["of"]
     cut = "(cut: it is the exercise)" in (folder / "README.md").read_text()
     assert cut == (number in ("3", "4") and "reads.append" in (ROOT / "README.md").read_text())
-    assert ("Four things" not in (folder / "README.md").read_text()) == (number in ("1", "3", "4"))
+    told = ["Four things", "Why do the flags still win", "Hardly ever against", "**What erodes?**"]
+    assert [any(said in (folder / "README.md").read_text() for said in told)] == [number == "11"]
+    assert all(said in (ROOT / "README.md").read_text() for said in told)
+    assert not list(folder.rglob("wrong_answers.txt")) and (folder / "LICENSE").exists()
