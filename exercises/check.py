@@ -53,8 +53,8 @@ def steer(F):
         yield same(x[..., REST], x0[..., REST]), "only the flags' channels change"
     x = torch.randn(2, 1, C)
     y = edit(2, x.clone(), torch.tensor([[5], [5]]))
-    yield (same(y[0, 0, SLICE], H * values[0]), "while decoding, x is one token: compare start with "
-           "pos, not with x's own index, and anew at each call")
+    yield (same(y[0, 0, SLICE], H * values[0]), "while decoding, x is one token: compare start "
+           "with pos, not with x's own index, and anew at each call")
     yield same(y[1], x[1]), "row 1 starts at 6, this is position 5: each row has a start of its own"
     zero = F.steer(flags, torch.tensor([0]), torch.zeros(1, K))(2, x[:1].clone(), pos[:, :1])
     yield zero[0, 0, SLICE].eq(0).all(), "values of 0 are written, too: that lowers a flag"
@@ -166,7 +166,8 @@ def experiment(F, producing):
     yield (begun and begun[0][0] == untrained and untrained not in starts,
            "train run.base first: no model here has learned anything yet")
     yield len(starts) == 3 and len(set(starts)) == 1, "three trainings begin from one trained base"
-    yield begun and begun[-1][1] != 1, "a raised flag has a height: run.flags.height, as `train_all` sets it"
+    yield (begun and begun[-1][1] != 1,
+           "a raised flag has a height: run.flags.height, as `train_all` sets it")
     yield curves.keys() >= {"p = 0", "p = 1"}, 'two curves: "p = 0" and "p = 1"'
     yield "control" in curves, "without the control one can't tell what finetuning alone does"
     for name, points in curves.items():

@@ -88,7 +88,7 @@ def curves_of(run, change):
     ("curves['control'] = curves['p = 0']", "the control has no flag loss"),
     ("curves['p = 0'] = points(0.3, 1.0)", "flags are still produced"),
     ("curves['p = 1'][0]['conflict'] = 0.9", "stage 1 is the same"),
-    ("weights[:] = 4 * [0.0]", "train run.base first"), ("weights[0] = 1.0", "train run.base first"),
+    ("weights[:] = 4 * [0.0]", "train run.base"), ("weights[0] = 1.0", "train run.base first"),
     ("weights[1] = 2.0", "one trained base"), ("weights.pop()", "three trainings"),
     ("weights.clear()", "train run.base first"), ("run.flags.height = 1.0", "a raised flag")])
 def test_wrong_experiments_fail_with_a_hint(change, hint, monkeypatch):
