@@ -647,16 +647,16 @@ def steer_by_hand(args):
     on, off = ({D.normal(name) for name in some} for some in (args.on, args.off))
     if on & off or (on | off) - set(names):
         raise D.Stop(f"--on and --off take different names of {', '.join(names)}")
-    ids = tok.prompt(args.steer or "")
-    own = own_flags(model, flags, [ids])[0].tolist()
+    [row] = D.encode([D.Example(args.steer or "", "", (), False)], tok, [], model.config.context)
+    own = own_flags(model, flags, [row.prompt])[0].tolist()
     print("the model's own flags: " + ", ".join(
         f"{name} {value:.2f}" for name, value in zip(names, own) if abs(value) > 0.1))
     chosen = [name in on or (value > 0.5 and name not in off) for name, value in zip(names, own)]
     raised = ", ".join(name for name, value in zip(names, chosen) if value) or "none"
-    set_to = steer(flags, last([ids] * 3), torch.tensor([chosen] * 3))
+    set_to = steer(flags, last([row.prompt] * 3), torch.tensor([chosen] * 3))
     for title, edit in (("free", None), (f"set: {raised}", set_to)):
         print(f"flags {title}")
-        for text in model.generate([ids] * 3, model.config.context, edit, stop=tok.end,
+        for text in model.generate([row.prompt] * 3, model.config.context, edit, stop=tok.end,
                                    generator=torch.Generator().manual_seed(args.seed % 2 ** 32)):
             print("  " + tok.decode(text).strip(), flush=True)
 

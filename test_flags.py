@@ -855,7 +855,7 @@ def test_flags_that_nobody_switches_stay_as_the_model_raises_them(quick, capsys,
 @pytest.mark.parametrize("more, message", [
     (["--steer", "x", "--on", "dragons"], "different names of sea, snow, farm, space"),
     (["--steer", "x", "--on", "sea", "--off", "sea"], "different names"),
-    (["--steer", "word " * 200], "prompt takes 1 to 48 tokens, not 60")])
+    (["--steer", "word " * 200], "this model's context of 48 tokens")])
 def test_bad_steering(quick, tmp_path, capsys, more, message):
     assert steer(quick, *more) == 2
     one_line(capsys, message)
