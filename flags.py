@@ -53,7 +53,7 @@ class Size:
     width: int = 128            # C
     context: int = 128          # tokens
     stories: int = 55_000       # of the grammar; finetuning `small` takes 41,600 of them
-    vocab: int = 1008           # tokens, at most; the model has 16 more, for lab.compare
+    vocab: int = 1008           # tokens, at most; the model has room for K more
     batch: int = 64             # sequences
     base: int = 200             # steps of the base model
     produce: int = 50           # steps of stage 1
@@ -264,7 +264,7 @@ def questions(data, n, seed):
     (cued, a), (double, pairs) = cues(1), cues(2)
     b = [[chance.choice([j for j in range(K) if j not in told])] for told in a]
     pairs = [chance.sample(pair, 2) for pair in pairs]
-    neutral = [e.prompt for e in examples if not e.cued][:n] if data.words else [""] * n
+    neutral = [e.prompt for e in examples if not e.cued][:n] if data.words else [""] * min(n, 1024)
     c = [[i % K] for i in range(len(neutral))]
     sets = lambda k: [random.Random(seed + i).sample(range(K), k) for i in range(len(neutral))]
     two, three = (sets(k) if data.words and k <= K else [] for k in (2, 3))     # words tell several
@@ -424,7 +424,7 @@ def prepare(args):
         raise D.Stop(f"flags={s.flags}, but {args.data} has {K} concepts")
     if not args.init:
         tok = D.train_bpe((f"{e.prompt} {e.text}" for e in data.train[:20_000]), s.vocab)
-        vocab = -(-(tok.n_vocab + K) // 64) * 64    # room for control tokens (lab.compare)
+        vocab = -(-(tok.n_vocab + K) // 64) * 64    # K: the control tokens of lab.compare
         torch.manual_seed(args.seed)
         base = GPT(Config(vocab, s.context, s.layers, s.heads, s.width))
     if not 1 <= s.layer <= s.layers or not 2 <= K <= s.width or s.width % s.heads:
@@ -510,7 +510,7 @@ def main_job(run):
     git = f'git -C "{Path(__file__).parent}" log -1 --format=%h -- flags.py model.py data.py'
     results = {
         "size": run.settings["size"], "data": run.data.name, "seed": run.seed,
-        "device": str(run.device), "torch": torch.__version__,
+        "prompts": run.size.prompts, "device": str(run.device), "torch": torch.__version__,
         "commit": os.popen(f"{git} 2> /dev/null").read().strip() or None,
         "parameters": sum(p.numel() for p in base.parameters()),
         "seconds": {name: did["seconds"] for name, did in done.items()},
@@ -529,12 +529,12 @@ def main_job(run):
                                         ("conflict", [run.data.concepts[b.argmax()]]))]}
     results["seconds"] |= {"measure": time.time() - measuring, "total": time.time() - started}
     show(results)
+    write(run.out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     if run.tok.save:        # a real checkpoint: also as a folder that transformers loads
         flagged.model.save_pretrained(run.out / "model")
         run.tok.save(run.out / "model")
         (run.out / "model" / "flags.json").write_text(
             json.dumps({"concepts": run.data.concepts} | vars(run.flags)))
-    write(run.out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     draw(run, results)
     print(f"\n{results['seconds']['total']:.0f} s. Wrote results.json and erosion.png to {run.out}")
 
@@ -580,7 +580,7 @@ def draw(run, results):
     ax.axvline(run.size.produce, color="k", lw=1, label="stage 2 begins")
     ax.set(xlabel="step", ylabel="share of texts", ylim=(-0.05, 1.05))
     ax.legend(loc="center right")
-    ax.figure.savefig(run.out / "erosion.png", dpi=120)
+    write(run.out / "erosion.png", lambda path: ax.figure.savefig(path, dpi=120, format="png"))
 
 
 def save_checkpoint(run, file, model, opts, done):
@@ -670,10 +670,10 @@ def parser():
     add("--data", default="stories", help="stories (built in, default), wordnet (Debian's "
         'wordnet-base), or a .jsonl file: lines of {"prompt": "", "text": "", "concepts": [""]}')
     add("--seed", type=int, default=1337, help="of stories, training and sampling (default: 1337)")
-    add("--init", metavar="MODEL", help="a real checkpoint: a folder of transformers, or a .gguf")
+    add("--init", type=Path, metavar="MODEL", help="a folder of transformers, or a .gguf file")
     add("--set", **several, metavar="FIELD=NUMBER", help="fields of Size, as rely=400")
     add("--out", metavar="DIR", help="where results go (default: out/SIZE[-MODEL][-DATA])")
-    add("--fresh", action="store_true", help="start over (deletes DIR's *.pt); else a run goes on")
+    add("--fresh", action="store_true", help="start over: without DIR's *.pt, *.tmp, results.json")
     add("--steer", metavar="PROMPT", help="write with a finished run's model, flags free and set")
     add("--on", **several, metavar="FLAG", help="with --steer: raise these flags")
     add("--off", **several, metavar="FLAG", help="with --steer: lower these")

@@ -29,8 +29,8 @@ def job(run, args):
         print(f"  {name:20s}{row['examples']:7d} examples" + "".join(
             f"  {key} {row[key]['mean']:.2f} of {row[key]['n']}"
             for key in ("judge", *ASKED) if row[key]))
-    both = [row for row in table.values() if row["supplied"] and row["conflict"]]
-    even = {key: float(np.mean([row[key]["mean"] for row in both])) for key in ASKED}
+    both = [row for row in table.values() if all(row[key] for key in ASKED)]
+    even = {key: float(np.mean([row[key]["mean"] for row in both])) for key in ASKED if both}
     print("mean of the concepts: " + ", ".join(f"{key} {x:.3f}" for key, x in even.items()))
     tools.save(run, "concepts.json", table | {"mean of the concepts": even})
     return {"mean of the concepts": even}

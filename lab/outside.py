@@ -10,6 +10,8 @@ from lab import tools
 def job(run, args):
     other = D.load(args.other, seed=run.seed).test[:12 * run.size.prompts]
     rows = D.encode(other, run.tok, run.data.concepts, run.size.context)
+    if not rows:
+        raise D.Stop(f"{args.other}: no text of it is held out; more lines")
     models, _ = F.train_all(run)
     losses = {name: F.held_out(run, model, rows)[0] for name, model in models.items()}
     print(f"LM loss on {len(rows)} texts of {args.other}, nats per token: "

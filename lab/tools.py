@@ -79,9 +79,11 @@ def over_seeds(tables):
 
 
 def main_results(run):
-    """The results of `python flags.py`, made if they are not there or of other settings."""
+    """The results of `python flags.py`, made if they are not there or of another number of prompts.
+    Raises Stop if any other setting differs."""
     path = run.out / "results.json"
-    if not path.exists() or not (run.out / "flags.pt").exists():
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("prompts") != run.size.prompts or not (run.out / "flags.pt").exists():
         flags.main_job(run)
     flags.read_checkpoint(run.out / "flags.pt", run.settings)
     return json.loads(path.read_text())

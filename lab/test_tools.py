@@ -1,0 +1,48 @@
+"""The lab's scripts measure anew what was measured otherwise, and make no figure of nothing."""
+import json
+from types import SimpleNamespace
+
+import pytest
+
+import data as D
+import flags as F
+from lab import concepts, outside, tools
+
+
+def test_results_of_another_number_of_prompts_are_measured_anew(tmp_path, monkeypatch):
+    run, measured = SimpleNamespace(out=tmp_path, size=F.Size(prompts=8), settings={}), []
+
+    def main_job(run):
+        measured.append(run.size.prompts)
+        (run.out / "results.json").write_text(json.dumps({"prompts": run.size.prompts}))
+        (run.out / "flags.pt").touch()
+    monkeypatch.setattr(F, "main_job", main_job)
+    monkeypatch.setattr(F, "read_checkpoint", lambda file, settings: None)
+    for prompts in (8, 8, 24, 24):
+        run.size.prompts = prompts
+        assert tools.main_results(run) == {"prompts": prompts}
+    assert measured == [8, 24]
+
+
+def test_concepts_without_a_prompt_of_their_own_leave_a_hole_and_no_nan(tmp_path, monkeypatch):
+    """"a" has the only prompt, so no conflict text is about it, and "b" is never supplied."""
+    asked = {"supplied": (["x"], F.hot(2, [[0]]), lambda found, i: True),
+             "conflict": (["x"], F.hot(2, [[1]]), lambda found, i: False),
+             "neutral": ([""], F.hot(2, [[0]]), lambda found, i: True)}
+    run = SimpleNamespace(
+        out=tmp_path, size=F.Size(prompts=8), asked=asked, judge=lambda texts: [[0] for _ in texts],
+        train=[], data=SimpleNamespace(
+            concepts=["a", "b"], test=[D.Example("x", "y", ("a",), True)]))
+    monkeypatch.setattr(F, "train_all", lambda run: ({"flags": None}, None))
+    monkeypatch.setattr(F, "ask", lambda run, model, key: (["text"], None))
+    assert concepts.job(run, None) == {"mean of the concepts": {}}
+    table = json.loads((tmp_path / "concepts.json").read_text())
+    assert table["a"]["supplied"]["mean"] == 1 and table["b"]["supplied"] is None
+
+
+def test_other_text_of_which_nothing_is_held_out_is_refused(tmp_path, monkeypatch):
+    empty = SimpleNamespace(test=[])
+    monkeypatch.setattr(D, "load", lambda other, seed: empty)
+    run = SimpleNamespace(seed=1, size=F.Size(), tok=None, data=SimpleNamespace(concepts=[]))
+    with pytest.raises(D.Stop, match="some.jsonl: no text of it is held out"):
+        outside.job(run, SimpleNamespace(other="some.jsonl"))
