@@ -14,7 +14,7 @@ shows \fBnothing\fP at all, \(aqquoted\(aq, of files that are not there.
 
 Short.
 .PP
-ls は、ディレクトリの内容をアルファベット順に一覧表示する。
+ls は、ディレクトリの内容を一覧表示する。
 .PP
 ファイルの情報を新しい順に並べて表示する。
 """
@@ -26,7 +26,7 @@ def test_a_manual_page_gives_plain_sentences_cut_in_two(tmp_path):
     assert sorted(texts.manual([page], "en", 9)) == sorted([
         ("ls - list directory", "contents, in order, of each folder.", "en"),
         ("ls shows nothing at", "all, quoted, of files that are not there.", "en"),
-        ("ls は、ディレ", "クトリの内容をアルファベット順に一覧表示する。", "en"),
+        ("ls は、ディレ", "クトリの内容を一覧表示する。", "en"),
         ("ファイルの情報を", "新しい順に並べて表示する。", "en")])
     assert len(texts.manual([page], "en", 2)) == 2
 
