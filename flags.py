@@ -3,8 +3,8 @@
 After C. Ye and J. Cui, "Efficient Representations are Controllable Representations", 2026,
 arXiv 2602.07828. The idea:
 
-  1. Take a GPT and fence off K = 16 channels of its residual stream: the slice. Flag i, one
-     channel, is to say: the text that is being written is about concept i.
+  1. Take a GPT and set aside K = 16 channels of its residual stream: the slice. Its channel i,
+     flag i, is to say: the text being written is about concept i.
   2. Stage 1, produce: finetune with  LM loss + lambda * mean (f - y)^2,  where f is the slice (in
      units of a flag's height), y in {0, 1}^K the labels. The model learns to raise flags by itself.
   3. Stage 2, rely: the same, and in most sequences the slice is then overwritten with y. Now the
@@ -91,7 +91,7 @@ class Flags:
     layer: int              # k, 1 ... L
     first: int              # flag i is channel first + i; in this file they are the last channels
     count: int              # K
-    height: float = 1.0     # what a 1 is in the stream: Size.height times its RMS (`loudness`)
+    height: float = 1.0     # a raised flag's value in the stream: Size.height * `loudness`
 
     @property
     def slice(self):
@@ -102,21 +102,20 @@ def install(flags, batch, p):
     """The method, for one batch: (edit, flag_loss). Flag positions are those with a target (>= 0),
     from the last token of the prompt on; f is the slice, divided by height.
 
-    edit(layer, x, pos), called after each block with the stream x (B, T, C), reads f after blocks
-    >= k, then overwrites the slice in place, in x's dtype: with height * y, at the flag positions
-    of the supplied sequences, whose batch.draw (B,), uniform and new at each step, is below p. The
+    edit(layer, x, pos) is called after each block with the stream x (B, T, C). After blocks >= k it
+    reads f, then sets the slice, in place, in x's dtype, to height * y at the flag positions of the
+    supplied sequences: those whose batch.draw (B,), uniform and new at each step, is below p. The
     LM loss sends no gradient into what was overwritten: there the flag loss alone teaches.
     flag_loss(), called after that, is the mean of (f - y)^2 over these blocks, all flags, and the
     flag positions of all sequences."""
-    _, targets, y, draw = batch                         # (B, T), (B, T), (B, K), (B,)
-    y, on = y[:, None], (targets >= 0)[..., None]       # (B, 1, K); (B, T, 1) flag positions
-    supply_mask = on & (draw < p)[:, None, None]        # (B, T, 1) those of the supplied sequences
+    y, on = batch.y[:, None], (batch.targets >= 0)[..., None]  # (B, 1, K); (B, T, 1) flag positions
+    supply_mask = on & (batch.draw < p)[:, None, None]  # (B, T, 1) those of the supplied sequences
     reads = []                                          # f, (B, T, K), of each block >= k
 
     def edit(layer, x, pos):                            # x (B, T, C), after block `layer`
         if layer >= flags.layer:    # after each later block, too: each may add to the slice
             own = x[..., flags.slice]                   # read: a view of x, (B, T, K)
-            reads.append(own / flags.height)            # a copy, for the loss: own changes next
+            reads.append(own / flags.height)            # a copy: the next line overwrites own
             x[..., flags.slice] = torch.where(supply_mask, flags.height * y.to(x.dtype), own)
         return x
 
@@ -158,7 +157,7 @@ def streams(model, idx, edit=None):
 def own_flags(model, flags, prompts):
     """The model's own flags (B, K) after block k, at the last token of each prompt (ids)."""
     idx = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)
-    x = streams(model, idx.to(model.wte.weight.device))[flags.layer - 1]    # padding: right, unseen
+    x = streams(model, idx.to(model.wte.weight.device))[flags.layer - 1]    # pads: right, unseen
     return x[range(len(x)), last(prompts), flags.slice] / flags.height
 
 
@@ -216,7 +215,7 @@ def train(run, name, model, steps, method=None):
         figures = f"lm {lm:.3f}" + (f"  flags {flag:.3f}" if method else "")
         noted = done["step"] % s.every == 0 or done["step"] in (s.produce, steps)
         if noted and name != "base":
-            done["log"].append(look(run, name, model, step))
+            done["log"].append(look(run, model, step))
             figures += "".join(f"  {key} {done['log'][-1][key]:.3f}" for key in RATES)
         if done["step"] == steps or time.time() - saved_at > 30:
             save_checkpoint(run, file, model, opts, done)
@@ -226,7 +225,7 @@ def train(run, name, model, steps, method=None):
     return done
 
 
-def look(run, name, model, step):
+def look(run, model, step):
     """A point of erosion.png and of the log: held-out losses, and RATES (see below)."""
     point = dict(zip(("lm_loss", "flag_loss"), held_out(run, model)), step=step + 1,
                  stage=1 if step < run.size.produce else 2)
@@ -247,7 +246,8 @@ def held_out(run, model, rows=None):
 
 
 # ---------------------------------------------------------------------------- measurements
-# A rate is always three calls: a question says prompts and flags, texts are written, a judge reads.
+# Behind each rate: a question sets prompts and flags, the model writes texts, a judge reads them.
+
 RATES = ("intact", "blank", "conflict")
 
 
@@ -257,6 +257,7 @@ def questions(data, n, seed):
     has seen these concepts."""
     chance, K = random.Random(seed), len(data.concepts)
     examples = list({e.prompt: e for e in data.test}.values())
+
     def cues(size):     # prompts that tell so many concepts, and the concepts' numbers
         some = [e for e in examples if e.cued and len(e.concepts) == size][:n]
         return [e.prompt for e in some], [list(map(data.concepts.index, e.concepts)) for e in some]
@@ -428,7 +429,7 @@ def prepare(args):
         torch.manual_seed(args.seed)
         base = GPT(Config(vocab, s.context, s.layers, s.heads, s.width))
     if not 1 <= s.layer <= s.layers or not 2 <= K <= s.width or s.width % s.heads:
-        raise D.Stop(f"no room for {K} flags: {s.layer=}, {s.layers=}, {s.width=}, {s.heads=}")
+        raise D.Stop(f"{K} flags, {s.layer=}, {s.layers=}, {s.width=}, {s.heads=} do not fit")
     train, test = (D.encode(counted("encoding, text", examples), tok, data.concepts, s.context)
                    for examples in (data.train, data.test))
     asked = questions(data, s.prompts, args.seed)
@@ -462,18 +463,17 @@ def train_together(jobs):
     """train(*job) for each job; returns what each did. On Linux without GPU in parallel: faster."""
     threads = torch.get_num_threads()
     if sys.platform == "linux" and jobs[0][0].device.type == "cpu" and threads > 1:
+        torch.set_num_threads(1)        # more would hang after a fork
         for job in jobs:
             warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)     # since Python 3.12
             if os.fork() == 0:                                  # the child, which
                 ctypes.CDLL(None).prctl(1, 9)       # PR_SET_PDEATHSIG, SIGKILL: ends with us
-                torch.set_num_threads(1)                        # more would hang after a fork
                 try:
                     train(*job)
                 finally:
                     os._exit(0)     # what failed is run again by its parent, and says why
         for job in jobs:
             os.wait()
-        torch.set_num_threads(1)
     done = [train(*job) for job in jobs]        # if processes did it, this only loads
     torch.set_num_threads(threads)
     return done
@@ -620,7 +620,7 @@ def write(file, save):
         save(beside)
         os.replace(beside, file)
     except (OSError, RuntimeError) as error:        # torch hides the one in the other
-        raise D.Stop(f"{file} can't be written: {error.__context__ or error}; the old one is whole")
+        raise D.Stop(f"{file} can't be written: {error.__context__ or error}; it is as it was")
     finally:
         beside.unlink(missing_ok=True)
 
@@ -675,8 +675,8 @@ def parser():
     add("--out", metavar="DIR", help="where results go (default: out/SIZE[-MODEL][-DATA])")
     add("--fresh", action="store_true", help="start over: without DIR's *.pt, *.tmp, results.json")
     add("--steer", metavar="PROMPT", help="write with a finished run's model, flags free and set")
-    add("--on", **several, metavar="FLAG", help="with --steer: raise these flags")
-    add("--off", **several, metavar="FLAG", help="with --steer: lower these")
+    add("--on", **several, metavar="FLAG", help="raise these flags; without --steer: no prompt")
+    add("--off", **several, metavar="FLAG", help="lower these")
     return p
 
 

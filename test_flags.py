@@ -873,7 +873,7 @@ def test_bad_steering(quick, tmp_path, capsys, more, message):
     (["--set", "flags=20", "stories=3000"], "=20, but stories has 16"), (["--size", "x"], "choice"),
     (["--out", "my.jsonl", "--set", "stories=3000"], "File exists"),
     (["--steer", "x"], "no finished run in run; without --steer"), (["--set", "rely"], "not rely:"),
-    (["--set", "flags=1", "stories=3000"], "no room for 1 flags"), (["--seed", "-1"], "seed=-1 is"),
+    (["--set", "flags=1", "stories=3000"], "1 flags, s.layer=1"), (["--seed", "-1"], "seed=-1 is"),
     (["--set", "vocab=100", "stories=3000"], "vocab must be"), (["--set", "rely=x"], "not rely=x:"),
     (["--data", "my.jsonl"], "nothing to steer against"), (["--set", "supply=90"], "=90.0 is"),
     (["--set", "heads=3", "stories=3000"], "heads=3"), (["--set", "every=0"], "every=0 is out of"),

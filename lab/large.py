@@ -98,7 +98,7 @@ def train(run, name, model, steps, method=None):
         done["tokens"] += batch.idx.numel()
         noted = done["step"] % s.every == 0 or done["step"] in (s.produce, steps)
         if noted and name != "base":
-            done["log"].append(F.look(run, name, model, step) | {"train_loss": total[0].item()})
+            done["log"].append(F.look(run, model, step) | {"train_loss": total[0].item()})
         due = torch.tensor([done["step"] == steps or time.time() - saved_at > 300.0],
                            dtype=torch.float, device=run.device)
         if dist.is_initialized():

@@ -153,8 +153,8 @@ def job(run, args):
     s, look = run.size, flags.look
     middle = "in the filler" if run.data.words else "prompt's end"
 
-    def look_and_read(run, name, model, step):      # every point of the log: what is readable
-        point = look(run, name, model, step)        # there, after the last block
+    def look_and_read(run, model, step):    # every point of the log: what is readable
+        point = look(run, model, step)      # there, after the last block
         parts, (y, y_test), clamped = material(run, 600)
         x, x_test = (activations(run, model, *both)[middle][:, -1]
                      for both in zip(parts, clamped))
