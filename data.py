@@ -3,7 +3,7 @@
     load("stories")    ->  Data: lists of Example(prompt, text, concepts)
     train_bpe(texts)   ->  a byte-level Tokenizer
     encode(examples)   ->  Rows: token ids of prompt and text, and a label of K zeros and ones
-    batch(rows, step)  ->  tensors idx (B, T), targets (B, T), y (B, K)
+    batch(rows, step)  ->  tensors idx, targets (B, T), y (B, K), draw (B,)
     make_judge(data)   ->  judge(texts): the concepts that each of them is about
 
 `stories` is a small grammar, each of whose content words belongs to one concept: so anybody can

@@ -222,7 +222,7 @@ def means(compare, F, D):
     yield (same(found.sum(0), torch.zeros(6)),
            "centre: take away the mean over concepts, what all share is no direction")
     yield (same(found, torch.stack([a, b]) - (a + b) / 2),
-           "the stream after block k, at text positions alone (no prompt, no padding), each "
+           "the stream after block k, at flag positions alone (no padding), each "
            "position of all batches weighing the same (no mean of means); a text with two concepts "
            "counts for both")
 

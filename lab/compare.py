@@ -63,7 +63,7 @@ def by_control_token(run):
 @torch.no_grad()
 def means(run, model, batches=20):
     """Difference of means (Marks and Tegmark 2023): each concept's mean of the stream after block k
-    (F.streams) over the text positions of its examples, minus the mean over concepts: (K, C). Every
+    (F.streams) over the flag positions of its examples, minus the mean over concepts: (K, C). Every
     position weighs the same. Examples: D.batch(run.train, step, 100, run.seed), step < batches."""
     K = len(run.data.concepts)
     total = torch.zeros(K, model.config.n_embd, device=run.device)

@@ -1,4 +1,4 @@
-"""Which concepts work? The rates of flags.py, for each flag by itself.
+"""Which concepts work? Three rates of flags.py, for each flag by itself.
 
     python -m lab.concepts --data my.jsonl      # first the run itself, unless it is finished
 """

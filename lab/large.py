@@ -5,7 +5,7 @@
 
 The main job of flags.py. Weights are float32 under bfloat16 autocast: a parameter takes some 12 to
 16 bytes (weight, gradient, one or two optimizer states) on all devices together, and three models
-are held. For a moment each device holds one of them whole, and the host three for each process.
+are held. For a moment each device holds one of them whole, and the host four for each process.
 With --micro so many sequences go through the model at once; a real checkpoint keeps one activation
 a block and computes the rest twice. All processes measure along, the first one prints.
 """

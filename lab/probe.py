@@ -5,8 +5,8 @@
 Probes read the prompt's concept from the other channels, with the flags clamped to their mean, at
 positions that do not name it. Besides the control stand the method and variants of its stage 2:
 the flag loss weighs less (lambda2), is taken at the prompt's last token alone (hold), or the slice
-is written after block k alone (once). At the end the flags are blanked for good, and the LM loss
-alone goes on: how soon do the texts follow the prompt again?
+is written after block k alone (once). At the end the last variant's flags are blanked for good, and
+the LM loss alone goes on: how soon do the texts follow the prompt again?
 """
 import copy
 import dataclasses

@@ -1,6 +1,6 @@
 """Is producing flags the same as relying on them? Supply them never (p = 0), or always (p = 1).
 
-    python -m lab.producing --size tiny --seed 7    # curves of conflict, blank, intact; a minute
+    python -m lab.producing --size tiny --seed 7 --out out/7    # curves of three rates; a minute
 """
 import copy
 import dataclasses

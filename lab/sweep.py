@@ -1,10 +1,10 @@
 """How much does one setting matter? Finetune anew for each value of it, all else equal.
 
-    python -m lab.sweep supply 0 0.5 0.8 0.9 1      # any field of Size that the base does not need
+    python -m lab.sweep supply 0 0.5 0.8 0.9 1      # any field of Size but FIXED (below)
     python -m lab.sweep layer 1 2 3 4
     python -m lab.sweep weight 1.5 6 24 96
     python -m lab.sweep fenced 4 8 16 32 64         # channels: the first flags, or copies of all
-    python -m lab.sweep rely 6000 --set supply=0    # ten times the steps, never supplied
+    python -m lab.sweep rely 6000 --set supply=0 --out out/p0   # ten times the steps, at p = 0
 
 The base and the control are those of `python flags.py` with the same options.
 """
