@@ -385,7 +385,7 @@ SCHEDULE = {        # and two shares of L: k, the blocks trained below it (0: ev
     "stories, cuda":   (64,   30,   600, 0.02,  40.0,   0.3,    5,   3 / 4, 0),
     "real text, cpu":  (64,   15,   150, 0.005, 10.0,   0.7,    3,   2 / 5, 1 / 8),
     "real text, cuda": (128,  15,   600, 0.005, 40.0,   0.5,    5,   2 / 5, 0)}
-MOST = dict(supply=1, no_prompt=1, wean=1, muon=99)     # of other fields 2 ** 32 - 1
+MOST = dict(supply=1, no_prompt=1, wean=1, muon=99, width=8192, context=2 ** 20)  # else 2 ** 32 - 1
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
 
 
@@ -433,7 +433,7 @@ def prepare(args):
     train, test = (D.encode(counted("encoding, text", examples), tok, data.concepts, s.context)
                    for examples in (data.train, data.test))
     asked = questions(data, s.prompts, args.seed)
-    if not asked["intact"][0]:
+    if not train or not asked["intact"][0]:
         raise D.Stop(f"{args.data}: no held-out prompt tells one concept: nothing to steer against")
     out.mkdir(parents=True, exist_ok=True)
     judge, held = D.make_judge(data, counted), data.test[:12 * s.prompts]

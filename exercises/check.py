@@ -34,7 +34,7 @@ def there(function, *args, else_=False):
     try:
         function(*args)
     except RuntimeError as error:
-        return else_ and isinstance(error, NotImplementedError)
+        return else_ and (isinstance(error, NotImplementedError) or "item()" in str(error))
     return True
 
 
@@ -310,6 +310,10 @@ def bpe(D):
     yield (made(["aab aab ab"], 2) == ["ab", "aab"],
            "the most frequent pair first; then count in the merged text")
     yield made(["zy", "yx"], 1) == ["yx"], "of equally frequent pairs the one with the smaller ids"
+    yield (made(["az", "ab"], 1) == ["ab"] and made(["bc", "az"], 1) == ["az"],
+           "of equally frequent pairs the one whose first id is smaller, then whose second is")
+    yield (made(["abc", "abc", "ab", "xy", "xy"], 2) == ["ab", "xy"],
+           "a new token's id is larger than all before, whatever its bytes")
     yield (made(["ab"] * 3 + ["xy", "zxy"], 1) == ["ab"],
            "a piece that stands three times counts three times")
     yield (made(["a b, a b, a b,"], 2)[0] == " b",
@@ -345,7 +349,7 @@ def compose(name="you", folders=()):
     yield (all(r["data"] == "stories" and r["read"]["auc"]["n"] == 16 for r in results),
            "the stories, with all 16 flags")
     yield all(r["steer"]["compose3"]["n"] >= 256 for r in results), "at least 256 prompts"
-    yield (len({r["parameters"] for r in results}) == 1 and results[0]["parameters"] < 1e6,
+    yield (all((r["size"], r["parameters"]) == ("small", 935_040) for r in results),
            "the model of --size small")
     lowest = min(r["steer"]["compose3"]["mean"] for r in results)
     yield lowest > 0.96, f"the lowest of three compose3 counts: {lowest:.3f} is not above 0.96"
@@ -359,7 +363,7 @@ CHECKS = {"1": (22, (steer, "flags")), "2": (8, (pad, "data")),
           "5": (19, (experiment, "flags", "lab.producing")), "6": (7, (auc, "flags")),
           "7": (4, (means, "lab.compare", "flags", "data")), "8": (9, (ridge, "lab.probe")),
           "9": (10, (route, "lab.compare", "flags", "data")),
-          "10": (50, (cache, "model"), (bpe, "data")), "11": (10, (compose,))}
+          "10": (52, (cache, "model"), (bpe, "data")), "11": (10, (compose,))}
 
 
 def check(number, *more):

@@ -44,28 +44,30 @@ def make(number, folder):
     answers = set()
     for file, name in (entry.split() for entry in OPEN[number]):
         path = Path(folder, file)
-        source, old = replace_body(path.read_text(), name)
-        path.write_text(source)
+        source, old = replace_body(path.read_text("utf-8"), name)
+        path.write_text(source, "utf-8")
         bare = [line.split("#")[0].strip() for line in old]     # without comments
         answers |= {line for line in bare if len(line) > 20}
 
     def cut(block):
         return "(cut: it is the exercise)" if any(a in block[0] for a in answers) else block[0]
-    readme = re.sub(r"```python\n.*?```", cut, (ROOT / "README.md").read_text(), flags=re.S)
+    readme = re.sub(r"```python\n.*?```", cut, (ROOT / "README.md").read_text("utf-8"), flags=re.S)
     if number != "11":      # what they ask to predict
         readme = re.sub(r"Four things to notice\..*?(?=\*\*Your own data)",
                         "(cut: it answers the exercises)\n\n", readme, flags=re.S)
-    Path(folder, "README.md").write_text(readme)
+    Path(folder, "README.md").write_text(readme, "utf-8")
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in OPEN or Path(sys.argv[2]).exists():
-        sys.exit("usage: python exercises/make.py NUMBER FOLDER, with a number of 1 to 11 and a "
-                 "new folder")
+        print("usage: python exercises/make.py NUMBER FOLDER, with a number of 1 to 11 and a new "
+              "folder", file=sys.stderr)
+        sys.exit(2)
     number, folder = sys.argv[1:]
     try:
         make(number, folder)
     except OSError as error:
-        sys.exit(f"{folder} can't be made: {error}")
+        print(f"{folder} can't be made: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"Wrote {folder}. Read exercises/README.md there; `python exercises/check.py {number}` "
           "checks.")

@@ -5,6 +5,8 @@
         rely=600 lr=0.01 embedding_lr=0.03 decay=0.3 weight=24 no_prompt=0.15 prompts=256 \\
         track=48 muon=5
 """
+from pathlib import Path
+
 import torch
 
 import data as D
@@ -66,6 +68,8 @@ def job(run, args):
         raise Stop("this needs the library transformers: pip install transformers") from None
     if args.init:
         raise Stop("this exports a model of ours: without --init")
+    if args.seeds > 1 or Path(args.folder).is_file():
+        raise Stop(f"{args.folder} is to be a folder for one model: without --seeds")
     F.train(run, "base", run.base, run.size.base)
     to_gpt2(run.base, run.tok.end).save_pretrained(args.folder)
     to_fast(run.tok.merges).save_pretrained(args.folder)

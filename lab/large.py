@@ -144,6 +144,8 @@ def job(run, args):
     N = dist.get_world_size() if dist.is_initialized() else 1
     if min(run.size.batch, len(run.train)) % N:
         raise D.Stop(f"{N} processes can't share batch={run.size.batch} evenly: choose a multiple")
+    if args.micro < 0:
+        raise D.Stop(f"--micro is 0 or more sequences, not {args.micro}")
     run.micro = args.micro
     run.settings["size"] += ", lab.large"       # its checkpoints are not those of flags.py
     F.train_all = train_all     # the one piece of the main job that differs

@@ -8,7 +8,7 @@ from lab import tools
 
 
 def job(run, args):
-    other = D.load(args.other, seed=run.seed).test[:12 * run.size.prompts]
+    other = D.load(args.other, max(16, run.flags.count), run.seed).test[:12 * run.size.prompts]
     rows = D.encode(other, run.tok, run.data.concepts, run.size.context)
     if not rows:
         raise D.Stop(f"{args.other}: no text of it is held out; more lines")

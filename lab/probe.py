@@ -133,9 +133,9 @@ def study(run, model):
     part = examples(run, run.data.train, 500)
     x = activations(run, model, part, torch.zeros(len(part), K))["prompt's end"]
     x, y = x[:, run.flags.layer - 1], torch.tensor([concept for _, concept, *_ in part])
-    means = torch.stack([x[y == k].mean(0) for k in range(K)])
+    means = torch.stack([x[y == k].mean(0) for k in y.unique()])
     for name, directions in (("concept removed", (means - means.mean(0))[1:].T),
-                             ("as many removed at random", torch.randn(x.size(1), K - 1))):
+                             ("as many removed at random", torch.randn(x.size(1), len(means) - 1))):
         prompts, values, score = run.asked["blank"]
         texts = flags.continue_texts(run, model, prompts, values, lambda ids, values: (
             ids, remove(run, directions.to(run.device), flags.last(ids))))
@@ -145,24 +145,26 @@ def study(run, model):
     rates["intact, held"] = flags.stat(score(text, i) for i, text in enumerate(run.judge(texts)))
     rates["exact"] = flags.reading(run, model)["exact"]
     return {"loss": flags.held_out(run, model, run.test)[0], "held loss": held_loss(run, model),
-            "rates": rates,
-            "probes": read(run, model, 2000)}
+            "rates": rates, "probes": read(run, model, 2000)}
 
 
 def job(run, args):
     s, look = run.size, flags.look
     middle = "in the filler" if run.data.words else "prompt's end"
+    if not all(examples(run, part, 1) for part in (run.data.train, run.data.test)):
+        raise D.Stop("no example tells a probe one concept: more prompts, or more stories")
 
     def look_and_read(run, model, step):    # every point of the log: what is readable
         point = look(run, model, step)      # there, after the last block
         parts, (y, y_test), clamped = material(run, 600)
-        x, x_test = (activations(run, model, *both)[middle][:, -1]
-                     for both in zip(parts, clamped))
+        x, x_test = (activations(run, model, *both)[middle][:, -1] for both in zip(parts, clamped))
         point["readable"] = hits(ridge, x, y, x_test, y_test, len(run.data.concepts))
         return point
     flags.look = look_and_read
     flags.train(run, "base", run.base, s.base)
     run.flags.height = s.height * flags.loudness(run, run.base)
+    if s.top:
+        run.base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
     names = ["control", *args.variants]
     models = {name: copy.deepcopy(run.base) for name in names}
     done = flags.train_together([

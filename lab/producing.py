@@ -19,6 +19,8 @@ def experiment(run):
     s, steps = run.size, run.size.produce + run.size.rely
     F.train(run, "base", run.base, s.base)
     run.flags.height = s.height * F.loudness(run, run.base)
+    if s.top:
+        run.base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
     jobs = [(run, "control", copy.deepcopy(run.base), steps)]
     for p in (0.0, 1.0):
         size = dataclasses.replace(s, supply=p)

@@ -6,7 +6,8 @@
     python -m lab.sweep fenced 4 8 16 32 64         # channels: the first flags, or copies of all
     python -m lab.sweep rely 6000 --set supply=0 --out out/p0   # ten times the steps, at p = 0
 
-The base and the control are those of `python flags.py` with the same options.
+The base and the control are those of `python flags.py` with the same options, and so is what
+`height` counts in: after whichever block the flags stand, the RMS after the run's own k.
 """
 import copy
 import dataclasses
@@ -16,7 +17,7 @@ from data import Stop
 from lab import tools
 from lab.tools import change
 
-FIXED = "flags layers heads width context stories vocab batch base top".split()
+FIXED = "flags layers heads width context stories vocab batch base top prompts".split()
 
 
 def variant(run, name, value):
@@ -32,6 +33,8 @@ def variant(run, name, value):
                        for row in vars(run)[part]] for part in ("train", "test")}
         asked = {key: (prompts, values, score) if values is None else sayable(
             prompts, values, score, which) for key, (prompts, values, score) in run.asked.items()}
+        if not asked["conflict"][0] or not asked["neutral"][0]:
+            raise Stop(f"{value} fenced channels: no question for their flags; --set prompts=...")
         settings = run.settings | {"fenced": value}
         return change(run, flags=flags, asked=asked, settings=settings, **rows)
     kinds = {key: kind for key, kind in F.Size.__annotations__.items() if key not in FIXED}

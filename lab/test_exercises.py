@@ -112,8 +112,8 @@ def test_the_open_exercise_wants_three_fresh_seeds(tmp_path):
     def hint(name="ada", **more):       # of three runs, where the second has something else
         for i, (folder, seed) in enumerate(zip(folders, seeds)):
             result = {"seed": seed, "steer": {"compose3": {"mean": 0.97, "n": 256}},
-                      "data": "stories", "read": {"auc": {"n": 16}},
-                      "parameters": 9e5, "loss": {"flags": 0.70, "control": 0.70}}
+                      "data": "stories", "read": {"auc": {"n": 16}}, "size": "small",
+                      "parameters": 935_040, "loss": {"flags": 0.70, "control": 0.70}}
             folder.mkdir(exist_ok=True)
             (folder / "results.json").write_text(json.dumps(result | (more if i == 1 else {})))
         return check.check("11", name, folders)[2]
@@ -124,6 +124,8 @@ def test_the_open_exercise_wants_three_fresh_seeds(tmp_path):
     assert "seeds must be" in hint("eve")
     assert "with all 16 flags" in hint(read={"auc": {"n": 3}})
     assert "with all 16 flags" in hint(data="my.jsonl", steer={"compose3": None})
+    assert "the model of --size small" in hint(size="tiny")
+    assert "the model of --size small" in hint(parameters=2e6)
     assert "one seed" in hint(loss={"flags": 0.72, "control": 0.7})
     assert "lowest" in hint(steer={"compose3": {"mean": 0.95, "n": 256}})
     assert "at least 256" in hint(steer={"compose3": {"mean": 0.97, "n": 20}})

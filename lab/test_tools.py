@@ -9,19 +9,21 @@ import flags as F
 from lab import concepts, outside, tools
 
 
-def test_results_of_another_number_of_prompts_are_measured_anew(tmp_path, monkeypatch):
-    run, measured = SimpleNamespace(out=tmp_path, size=F.Size(prompts=8), settings={}), []
+def test_results_of_other_prompts_or_of_another_judge_are_measured_anew(tmp_path, monkeypatch):
+    run, measured = SimpleNamespace(out=tmp_path, size=F.Size(), settings={}), []
 
     def main_job(run):
-        measured.append(run.size.prompts)
-        (run.out / "results.json").write_text(json.dumps({"prompts": run.size.prompts}))
+        measured.append((run.size.prompts, run.accuracy))
+        (run.out / "results.json").write_text(json.dumps(
+            {"prompts": run.size.prompts, "judge": {"accuracy": run.accuracy}}))
         (run.out / "flags.pt").touch()
     monkeypatch.setattr(F, "main_job", main_job)
     monkeypatch.setattr(F, "read_checkpoint", lambda file, settings: None)
-    for prompts in (8, 8, 24, 24):
-        run.size.prompts = prompts
-        assert tools.main_results(run) == {"prompts": prompts}
-    assert measured == [8, 24]
+    for run.size.prompts, run.accuracy in [(8, 0.5), (8, 0.5), (24, 0.5), (24, 0.7), (24, 0.7)]:
+        assert tools.main_results(run)["prompts"] == run.size.prompts
+    assert measured == [(8, 0.5), (24, 0.5), (24, 0.7)]
+    (tmp_path / "results.json").write_text("")      # a broken file
+    assert tools.main_results(run)["judge"] == {"accuracy": 0.7} and len(measured) == 4
 
 
 def test_concepts_without_a_prompt_of_their_own_leave_a_hole_and_no_nan(tmp_path, monkeypatch):
@@ -42,7 +44,8 @@ def test_concepts_without_a_prompt_of_their_own_leave_a_hole_and_no_nan(tmp_path
 
 def test_other_text_of_which_nothing_is_held_out_is_refused(tmp_path, monkeypatch):
     empty = SimpleNamespace(test=[])
-    monkeypatch.setattr(D, "load", lambda other, seed: empty)
-    run = SimpleNamespace(seed=1, size=F.Size(), tok=None, data=SimpleNamespace(concepts=[]))
+    monkeypatch.setattr(D, "load", lambda other, most, seed: empty)
+    run = SimpleNamespace(seed=1, size=F.Size(), tok=None, data=SimpleNamespace(concepts=[]),
+                          flags=F.Flags(1, 0, 2))
     with pytest.raises(D.Stop, match="some.jsonl: no text of it is held out"):
         outside.job(run, SimpleNamespace(other="some.jsonl"))

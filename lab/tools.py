@@ -79,11 +79,15 @@ def over_seeds(tables):
 
 
 def main_results(run):
-    """The results of `python flags.py`, made if they are not there or of another number of prompts.
-    Raises Stop if any other setting differs."""
+    """The results of `python flags.py`, made if they are not there, or if the number of prompts or
+    the judge is another. Raises Stop if any other setting differs."""
     path = run.out / "results.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    if found.get("prompts") != run.size.prompts or not (run.out / "flags.pt").exists():
+    try:
+        found = json.loads(path.read_text())
+        same = (found["prompts"], found["judge"]["accuracy"]) == (run.size.prompts, run.accuracy)
+    except (FileNotFoundError, ValueError, KeyError):
+        same = False
+    if not same or not (run.out / "flags.pt").exists():
         flags.main_job(run)
     flags.read_checkpoint(run.out / "flags.pt", run.settings)
     return json.loads(path.read_text())
