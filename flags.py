@@ -108,8 +108,8 @@ def install(flags, batch, p):
     LM loss sends no gradient into what was overwritten: there the flag loss alone teaches.
     flag_loss(), called after that, is the mean of (f - y)^2 over these blocks, all flags, and the
     flag positions of all sequences."""
-    y, on = batch.y[:, None], (batch.targets >= 0)[..., None]  # (B, 1, K); (B, T, 1) flag positions
-    supply_mask = on & (batch.draw < p)[:, None, None]  # (B, T, 1) those of the supplied sequences
+    y, on = batch.y[:, None], batch.targets >= 0        # (B, 1, K); (B, T) the flag positions
+    supply_mask = (on & (batch.draw < p)[:, None])[..., None]   # (B, T, 1) of supplied sequences
     reads = []                                          # f, (B, T, K), of each block >= k
 
     def edit(layer, x, pos):                            # x (B, T, C), after block `layer`
@@ -120,8 +120,8 @@ def install(flags, batch, p):
         return x
 
     def flag_loss():
-        errors = (torch.stack(reads) - y) ** 2 * on                 # (L - k + 1, B, T, K)
-        return errors.sum() / (len(reads) * on.sum() * y.size(-1))
+        errors = (torch.stack(reads) - y)[:, on]        # (L - k + 1, N, K), of N flag positions
+        return errors.square().mean()
     return edit, flag_loss
 
 

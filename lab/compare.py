@@ -17,7 +17,7 @@ import flags as F
 from lab import tools
 from lab.tools import change
 
-STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+STRENGTHS = (2.0, 4.0, 6.0, 8.0, 9.0, 10.0, 12.0, 16.0, 32.0)
 
 
 def row(run, model, base, by=None):
@@ -39,8 +39,8 @@ def shuffled(method, seed):
 
 def with_control_tokens(run, rows):
     """Conditional training (Keskar et al. 2019): a token for each concept stands behind the prompt,
-    shown or not, in as many rows as have their flags supplied in stage 2. Rows whose prompt is not
-    shown are chosen here, once, since the token has to stay."""
+    shown or not, in as many rows as have their flags supplied in stage 2. Whose prompt is not shown
+    is chosen here, since the token has to stay. rows: those of all epochs."""
     first, chance, s = run.tok.n_vocab, random.Random(run.seed), run.size
 
     def told(row):
@@ -126,8 +126,8 @@ def job(run, args):
     base, control, flagged = F.train_all(run)[0].values()
     method = lambda step, batch: F.install(run.flags, batch, F.supply(s, step))
     stage1 = lambda step, batch: F.install(run.flags, batch, 0.0)
-    told = change(run, train=with_control_tokens(run, run.train),
-                  size=dataclasses.replace(s, no_prompt=0.0))
+    told = change(run, size=dataclasses.replace(s, no_prompt=0.0),
+                  train=with_control_tokens(run, run.train * -(-steps * s.batch // len(run.train))))
     trained = {"routing": (run, route(run)), "shuffled": (run, shuffled(method, run.seed)),
                "stage1": (run, stage1), "token": (told, None)}
     if base.config.vocab_size < run.tok.n_vocab + K:

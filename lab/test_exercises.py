@@ -57,7 +57,7 @@ def test_originals_pass_and_wrong_answers_fail_with_a_hint(number, monkeypatch):
 
 
 def test_there_are_enough_wrong_answers():
-    assert sum(len(set(wrong_answers(number))) for number in check.CHECKS) == 140
+    assert sum(len(set(wrong_answers(number))) for number in check.CHECKS) == 141
 
 
 def curves_of(run, change):
