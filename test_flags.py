@@ -131,8 +131,9 @@ def test_attention_is_that_of_the_fused_kernel():
     assert torch.allclose(M.attend(q[:, :, -1:], k, v, None), fused[:, :, -1:], atol=1e-5)
 
 
-def test_deeper_models_begin_with_smaller_outputs():
-    block = M.GPT(M.Config(n_layer=8)).blocks[3]
+def test_an_mlp_by_hand_and_deeper_models_begin_with_smaller_outputs():
+    block, x = M.GPT(M.Config(n_layer=8)).blocks[3], torch.randn(5, 128)
+    assert torch.equal(block.mlp(x), block.mlp.down(block.mlp.up(x).clamp(min=0) ** 2))
     for p, std in ((block.attn.out, 0.005), (block.mlp.down, 0.005), (block.attn.qkv, 0.02)):
         assert p.weight.std().item() == pytest.approx(std, rel=0.05)
 
@@ -273,11 +274,11 @@ def test_batches_are_pure_functions_and_cover_the_epoch(prepared):
     first, second = (D.batch(rows, step, 500, 1) for step in (0, 2))
     assert not torch.equal(first.idx, second.idx)   # a new order in the next epoch
     assert len(D.batch(rows[:5], 3, 32, 1).idx) == 5        # fewer rows than the batch has places
-    # some sequences show no prompt, and rows of similar length go together
-    rows = prepared.train[:2000]
-    batches = [D.batch(rows, step, 32, 1, no_prompt=0.25) for step in range(60)]
-    bare = torch.cat([batch.targets[:, 0] >= 0 for batch in batches]).float().mean()
-    assert bare.item() == pytest.approx(0.25, abs=0.05)             # 5 standard errors
+    # some sequences show no prompt, others in each epoch, and rows of similar length go together
+    batches = [D.batch(rows, step, 32, 1, no_prompt=0.25) for step in range(62)]
+    first, second = ({str(row) for batch in epoch for row in batch.targets if row[0] >= 0}
+                     for epoch in (batches[:31], batches[31:]))
+    assert 400 < len(first) + len(second) < 600 and len(first & second) < 125       # not 250
     used = sum((batch.targets >= 0).cumsum(1).argmax(1).add(1).sum() for batch in batches)
     assert used > 0.9 * sum(batch.idx.numel() for batch in batches)
     assert (D.batch(rows, 7, 32, 1, no_prompt=1.0).targets[:, 0] >= 0).all()
@@ -306,8 +307,8 @@ def test_every_word_of_a_story_says_what_it_is_about(prepared):
 
 def test_no_prompt_and_no_text_stands_in_two_splits(prepared):
     stories = prepared.data
-    for field in (0, 1):
-        assert not {e[field] for e in stories.train} & {e[field] for e in stories.test}
+    for run, field in ((stories, 0), (stories, 1), (prepared, 0)):      # examples; rows' prompts
+        assert not {str(e[field]) for e in run.train} & {str(e[field]) for e in run.test}
     few, others = (D.load("stories", seed=seed, stories=4000).train for seed in (1337, 7))
     assert few == stories.train[:len(few)] and few != others
     examples = [example(f"prompt {i}", "the same", "cat") for i in range(200)]
@@ -387,7 +388,8 @@ def test_a_file_and_prompts_that_stand_with_several_concepts_and_tell_none(tmp_p
 def test_a_learned_judge_does_not_favour_the_frequent():
     examples = [example("", "x", "often")] * 270 + [example("", "w", "often")] * 30
     examples += [example("", "z", "seldom")] * 15 + [example("", "w", "seldom")] * 15
-    judge, again = (D.learned_judge(examples, ["often", "seldom"]) for _ in range(2))
+    data = D.Data("x", ["often", "seldom"], [], examples, [], None)     # a split of its own
+    judge, again = map(D.make_judge, (data, data))
     assert judge(["x", "z", "w"]) == [[0], [1], [1]] and judge(["?", ""]) == [[], []]
     assert judge(["w x z"]) == again(["w x z"])         # no chance in it
 
@@ -396,12 +398,10 @@ def test_judgements_and_statistics_by_hand():
     words = {"cat": "cat", "purred": "cat", "dog": "dog"}
     judge = D.make_judge(D.Data("x", ["cat", "dog"], [], [], [], words))
     assert judge(["The Cat purred at a dog.", "No."]) == [[0, 0, 1], []]
-    assert D.about([0, 0, 1], 0) and not D.about([0, 1], 0) and not D.about([], 0)
-    scores, labels = torch.tensor([1., 2., 3., 3.]), torch.tensor([0., 1., 0., 1.])
-    assert F.auc(scores, labels) == pytest.approx(2.5 / 4)
-    stat = F.stat([0, 1] * 200)
-    assert stat["mean"] == 0.5 and stat["n"] == 400
-    assert [stat["low"], stat["high"]] == pytest.approx([0.451, 0.549], abs=0.02)
+    assert D.about([0, 0, 1], 0) and not D.about([0, 0, 1, 2], 0) and not D.about([], 0)
+    assert F.auc(torch.tensor([1., 2., 3., 3.]), torch.tensor([0., 1., 0., 1.])) == 2.5 / 4
+    wanted = {"mean": 0.5, "low": 0.451, "high": 0.549, "n": 400}
+    assert F.stat([0, 1] * 200) == pytest.approx(wanted, abs=0.005)
     assert F.hot(4, [[1, 3], (2, 0)]).tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]]
     assert F.stat([]) is None and F.hot(4, []).shape == (0, 4)
 
@@ -476,15 +476,15 @@ def test_flags_switch_after_the_first_sentence(prepared, monkeypatch):
 
 
 def test_reading_compares_the_flags_with_the_labels(prepared, monkeypatch):
-    stories, tok = prepared.data, prepared.tok
+    stories, tok = dataclasses.replace(prepared.data, train=[]), prepared.tok
 
     def own_flags(model, flags, prompts):
         told = [D.content(tok.decode(ids), stories.words) for ids in prompts]
-        return sign * F.hot(16, [list(map(stories.concepts.index, names)) for names in told])
+        return sign * F.hot(16, [list(map(stories.concepts.index, n)) for n in told]) + 0.2
     monkeypatch.setattr(F, "own_flags", own_flags)
     for sign, rate in ((1, 1), (-1, 0)):        # all cued concepts are raised, or lowered
-        result = F.reading(prepared, None)
-        assert result["auc"]["mean"] == result["exact"]["mean"] == rate
+        auc, exact = F.reading(change(prepared, data=stories), None).values()
+        assert auc["mean"] == exact["mean"] == rate
 
 
 def test_texts_depend_on_the_seed_alone(prepared):
@@ -708,7 +708,7 @@ def test_the_mechanism(finished):
     first, last = r["trajectory"][0], r["trajectory"][-1]
     assert first["stage"] == 1 and first["step"] == finished.run.size.produce
     assert last["stage"] == 2 and last["flag_loss"] < 0.1
-    assert first["conflict"] < 0.5 and last["conflict"] > 0.8
+    assert first["conflict"] < 0.8 < last["conflict"]
 
 
 def test_results_have_the_form_of_the_protocol(finished):
@@ -751,9 +751,9 @@ def test_what_is_measured_is_what_stands_in_the_results(finished):
 
 
 def test_broken_text_is_less_likely_and_repeated_text_less_distinct(finished):
-    size = dataclasses.replace(finished.run.size, context=16)           # real texts are cut
-    run, base, real = change(finished.run, size=size), finished.models["base"], {}
-    for e in run.data.train:
+    run, base, real = resize(finished.run, None, context=16), finished.models["base"], {}
+    run.data = dataclasses.replace(run.data, train=[])      # real texts are held-out ones, and cut
+    for e in finished.run.data.train:
         real.setdefault(e.concepts, []).append(run.tok.decode(run.tok.encode(e.text)[:20]))
     names = [run.data.concepts[b] for b in run.asked["conflict"][1].argmax(1)]
     gap, ratio = F.fluency(run, base, [real[name,][i] for i, name in enumerate(names)]).values()
