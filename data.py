@@ -4,7 +4,7 @@
     train_bpe(texts)   ->  a byte-level Tokenizer
     encode(examples)   ->  Rows: token ids of prompt and text, and a label of K zeros and ones
     batch(rows, step)  ->  tensors idx, targets (B, T), y (B, K), draw (B,)
-    make_judge(data)   ->  judge(texts): the concepts that each of them is about
+    make_judge(data)   ->  judge(texts): the concepts found in each of them, for `about`
 
 `stories` is a small grammar, each of whose content words belongs to one concept: so anybody can
 say what a story is about. B, T, K: batch, time, number of concepts (flags).
@@ -360,11 +360,11 @@ def batch(rows, step, size, seed, no_prompt=0.0):
     epoch, i = divmod(step, per_epoch)
     rng = np.random.default_rng([seed, epoch])
     order, bare = rng.permutation(len(rows))[:per_epoch * size], rng.random(len(rows)) < no_prompt
-    chunk, i = divmod(rng.permutation(per_epoch)[i], 32)    # sort within 32 batches, not all:
+    chunk, slot = divmod(rng.permutation(per_epoch)[i], 32)     # sort within 32 batches, not all:
     order = order[chunk * 32 * size:(chunk + 1) * 32 * size]    # neighbours vary
     chosen = [rows[j]._replace(prompt=rows[j].prompt[:1]) if bare[j] else rows[j] for j in order]
     chosen.sort(key=lambda row: len(row.prompt) + len(row.text))
-    padded = pad(chosen[i * size:(i + 1) * size])
+    padded = pad(chosen[slot * size:(slot + 1) * size])
     draw = np.random.default_rng([seed, epoch, step]).random(len(padded.y), dtype=np.float32)
     return padded._replace(draw=torch.from_numpy(draw))
 
@@ -390,7 +390,7 @@ def pad(rows):
 # ---------------------------------------------------------------------------- judges
 
 def make_judge(data, counted=lambda what, items: items):
-    """judge(texts): the concepts (a list of their numbers) that each text is about."""
+    """judge(texts): for each text the numbers of the concepts found in it, with repeats."""
     if not data.words:
         return learned_judge(data.judge, data.concepts, counted)
     return lambda texts: [list(map(data.concepts.index, content(t, data.words))) for t in texts]

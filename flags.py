@@ -47,7 +47,7 @@ from model import GPT, LAST, Config, fast_bfloat16, load_pretrained, optimizers
 @dataclass
 class Size:
     """What a result depends on, besides data, seed and checkpoint. --set changes any of it."""
-    flags: int = 16             # K, how many: of stories and wordnet the first K
+    flags: int = 16             # K: the first of stories and wordnet; of a .jsonl file, at most
     layers: int = 4             # L (a checkpoint has its own layers, heads, width and vocab)
     heads: int = 4
     width: int = 128            # C
@@ -407,7 +407,7 @@ def prepare(args):
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
                   chosen.get("stories", s.stories))
     if data.name != "stories":
-        n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # <= 11 epochs
+        n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # <= 12 epochs
         rate, muon = (3.2, 3) if n < 600 else (2, 5) if n < 2000 else (1, 5)
         s = replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10), rely=n,
                     lr=s.lr * rate, muon=muon, decay=24 / n ** 0.5)
@@ -503,7 +503,7 @@ def main_job(run):
     started = time.time()
     models, done = train_all(run)
     base, flagged, measuring = models["base"], models["flags"], time.time()
-    same, texts, rates = {"kept": "conflict", "leak": "neutral"}, {}, {}    # texts asked before
+    same, texts, rates = {"kept": "conflict", "leak": "neutral"}, {}, {}    # same texts
     for name in run.asked:
         texts[name], rates[name] = ask(run, flagged, name, texts=texts.get(same.get(name)))
     own = {name: rates.pop(name) for name in ("intact", "supplied", "blank")}
@@ -604,7 +604,7 @@ def read_checkpoint(file, settings={}):
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         other = [x for x in settings if saved["settings"].get(x) != settings[x] and x != "prompts"]
-        saved["model"], saved["merges"]
+        saved["model"], saved["merges"]     # a KeyError, if it lacks one
     except Exception as error:      # whatever reading a broken file raises
         raise D.Stop(f"{file} is no whole checkpoint ({type(error).__name__}); --fresh starts over")
     if other:

@@ -23,7 +23,7 @@ def experiment(run):
         run.base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
     jobs = [(run, "control", copy.deepcopy(run.base), steps)]
     for p in (0.0, 1.0):
-        size = dataclasses.replace(s, supply=p)
+        size = dataclasses.replace(s, supply=p, wean=0.0)
         r = change(run, size=size, settings=run.settings | vars(size))
         jobs.append((r, f"p{p:.0f}", copy.deepcopy(run.base), steps,
                      lambda step, batch, r=r: F.install(r.flags, batch, F.supply(r.size, step))))
