@@ -155,8 +155,9 @@ def job(run, args):
             ("gradient routing", new["routing"], lambda a: lambda ids, values: (
                 ids, F.steer(run.flags, F.last(ids), a / s.height * values)))):     # a RMS high
         curves[name] = {a: row(run, model, base, by(a)) for a in STRENGTHS}
-        best = max(STRENGTHS, key=lambda a: F.ask(own, model, "conflict", by=by(a))[1]["mean"])
-        arms[name] = curves[name][best] | {"strength": best}    # chosen on training prompts
+        rate = lambda a: F.ask(own, model, "conflict", by=by(a))[1]["mean"]     # training prompts
+        best = max(STRENGTHS, key=lambda a: min(0.95, rate(a)))     # the weakest that reaches .95
+        arms[name] = curves[name][best] | {"strength": best}
 
     columns = ("neutral", "conflict", "intact", "blank", "nll_gap", "loss")
     print("\n" + " " * 22 + "".join(f"{column:>10s}" for column in columns))
@@ -172,7 +173,7 @@ def draw(run, arms, curves):
     """Conflict against fluency: a point for each arm with its name, a line over strengths."""
     from matplotlib.figure import Figure
     place = lambda figures: [figures[key]["mean"] for key in ("nll_gap", "conflict")]
-    fig, ends = Figure((8, 5), layout="constrained"), {}
+    fig, ends, last = Figure((8, 5), layout="constrained"), {}, {}
     ax = fig.subplots()
     for name, curve in curves.items():
         points = [(a, *place(figures)) for a, figures in curve.items() if figures["nll_gap"]]
@@ -184,8 +185,7 @@ def draw(run, arms, curves):
                             xytext=(3, -9), textcoords="offset points")
     points = sorted((place(figures)[::-1], name) for name, figures in arms.items()
                     if figures["nll_gap"])
-    last = {}       # left and right: labels one above the other where the points are one
-    for (y, x), name in points:
+    for (y, x), name in points:     # left, right: labels one above the other, if the points are one
         height = last[x > 2] = max(y, last.get(x > 2, -np.inf) + 0.05)
         ax.plot(x, y, "o", alpha=0.7)
         ax.annotate(name, (x, y), xytext=(ends.get(name, x) + 0.1, height), fontsize=9, va="center")
