@@ -223,7 +223,7 @@ def parse(line):
     if not (isinstance(prompt, str) and isinstance(text, str) and text.strip() and names
             and isinstance(names, list) and all(isinstance(n, str) and n.strip() for n in names)):
         raise ValueError("a prompt, text or list of concepts is missing")
-    return prompt, text.strip(), tuple(sorted(set(map(normal, names))))
+    return prompt * bool(prompt.strip()), text.strip(), tuple(sorted(set(map(normal, names))))
 
 
 def normal(name):

@@ -360,7 +360,7 @@ def fluency(run, base, texts):
 
 def reading(run, model):
     """The model's own flags at the last token of held-out prompts, against the labels."""
-    cued = [e for e in run.data.test if e.cued][:1024]
+    cued = list({e.prompt: e for e in run.data.test if e.cued}.values())[:1024]
     prompts = [run.tok.prompt(e.prompt) for e in cued]
     own = torch.cat([own_flags(model, run.flags, prompts[i:i + 32]).cpu()
                      for i in counted("reading flags, batch", range(0, len(prompts), 32))])
@@ -438,7 +438,7 @@ def prepare(args):
     out.mkdir(parents=True, exist_ok=True)
     judge, held = D.make_judge(data, counted), data.test[:12 * s.prompts]
     accuracy = stat(bool(found) and {data.concepts[i] for i in found} <= set(e.concepts)
-                    for found, e in zip(judge([e.text for e in held]), held))
+                    for found, e in zip(judge([tok.decode(r.text[:-1]) for r in test]), held))
     if accuracy["mean"] < 0.6:
         print(f"The judge is right on {accuracy['mean']:.2f} of real texts: this judge cannot tell "
               "these concepts apart; more examples, or fewer concepts")
@@ -587,7 +587,7 @@ def save_checkpoint(run, file, model, opts, done):
     content = {"model": model.state_dict(), "optimizers": [opt.state_dict() for opt in opts],
                "done": done, "settings": run.settings, "flags": vars(run.flags),
                "config": vars(model.config), "merges": run.tok.merges}
-    write(file, lambda path: torch.save(content, path))
+    write(file, lambda path: torch.save(content, path.open("wb", 0)))    # 0: a full disk says so
 
 
 def load_checkpoint(run, file, model, opts):    # what was done so far

@@ -56,8 +56,8 @@ def steer(F):
     yield (same(y[0, 0, SLICE], H * values[0]), "while decoding, x is one token: compare start "
            "with pos, not with x's own index, and anew at each call")
     yield same(y[1], x[1]), "row 1 starts at 6, this is position 5: each row has a start of its own"
-    zero = F.steer(flags, torch.tensor([0]), torch.zeros(1, K))(2, x[:1].clone(), pos[:, :1])
-    yield zero[0, 0, SLICE].eq(0).all(), "values of 0 are written, too: that lowers a flag"
+    e = F.steer(F.Flags(1, FIRST, K, 2.0), torch.tensor([0]), torch.tensor([[0, .5, 1]]))
+    yield e(1, x[:1] + 0, pos[:, :1])[0, 0, SLICE].tolist() == [0, 1, 2], "0 and .5 are values, too"
     half = edit(2, x.bfloat16(), torch.tensor([[7]]))
     yield half.dtype == torch.bfloat16, "the stream keeps its dtype"
     yield same(half[1, 0, SLICE], H * values[1]), "pos may be (1, T), one for all rows"
@@ -67,21 +67,21 @@ def steer(F):
 
 def pad(D):
     row = lambda prompt, text, *label: D.Row(prompt, text, label)
-    b = D.pad([row([99, 1, 2], [3, 4, 99], 0., 1.), row([98], [5, 98], 1., 0.)])
+    b = D.pad(rows := [row([98], [98, 97], 1., 0.), row([99, 1, 2], [3, 0, 99], 0., 1.)])
     yield b.idx.shape == (2, 8), "the longest row of idx has 5 tokens: 8 is enough"
-    yield (b.idx.tolist() == [[99, 1, 2, 3, 4, 99, 99, 99], [98, 5] + [99] * 6],
+    yield (b.idx.tolist() == [[98] * 8, [99, 1, 2, 3, 0] + [98] * 3],
            "idx: prompt and text but for the last token, then the first token of the first row as "
            "padding")
-    yield (b.targets.tolist() == [[-100, -100, 3, 4, 99] + [-100] * 3, [5, 98] + [-100] * 6],
+    yield (b.targets.tolist() == [[98, 97] + [-100] * 6, [-100, -100, 3, 0, 99] + [-100] * 3],
            "targets[t] is what follows idx[t]; the prompt and the padding are not predicted "
            "(-100), but the last token of the prompt predicts the first of the text")
     width = lambda prompt, text: D.pad([row([99] * prompt, [1] * text, 1.)]).idx.shape
     yield width(4, 5) == (1, 8), "a row of 9 tokens has 8 in idx, and 8 is a multiple of 8 already"
     yield width(5, 5) == (1, 16), "a row of 10 tokens has 9 in idx, and 9 become 16"
     yield b.idx.dtype == b.targets.dtype == torch.int64, "idx and targets are int64"
-    yield (b.y.dtype == torch.float32 and b.y.tolist() == [[0, 1], [1, 0]],
+    yield (b.y.dtype == torch.float32 and b.y.tolist() == [[1, 0], [0, 1]],
            "y is float32, one row for each label")
-    yield b.draw.tolist() == [0, 0], "draw is 0: who pads without drawing is supplied for any p > 0"
+    yield b.draw.tolist() == [0, 0] and rows[0].prompt == [98], "draw is 0; rows stay as they are"
 
 
 def setting(F, D):
@@ -110,8 +110,8 @@ def install_write(F, D):
                        f"p = {p}, draws {draw}, block {layer}, sequence {b}: where draw < p the "
                        "slice is height x y, after EVERY block from k on")
                 yield same(x[b][:, REST], x0[b][:, REST]), "only the flags' channels change"
-    half = F.install(flags, batch([.1, .9, .1]), 0.5)[0](2, xs[0].bfloat16(), POS)
-    yield half.dtype == torch.bfloat16, "the stream keeps its dtype"
+    half = F.install(F.Flags(1, FIRST, K, 2.0), batch([.1] * 3), 1.0)[0](1, xs[0].bfloat16(), POS)
+    yield half.itemsize == 2 and same(half[1, 0, SLICE], 2 * y[1]), "flags has k, height; x a dtype"
 
 
 def install_loss(F, D):
@@ -166,8 +166,8 @@ def experiment(F, producing):
     yield (begun and begun[0][0] == untrained and untrained not in starts,
            "train run.base first: no model here has learned anything yet")
     yield len(starts) == 3 and len(set(starts)) == 1, "three trainings begin from one trained base"
-    yield (begun and begun[-1][1] != 1,
-           "a raised flag has a height: run.flags.height, as `train_all` sets it")
+    yield (begun and begun[-1][1] not in (begun[0][1], s.height),
+           "a raised flag has a height: measure it on the trained base, as `train_all` does")
     yield curves.keys() >= {"p = 0", "p = 1"}, 'two curves: "p = 0" and "p = 1"'
     yield "control" in curves, "without the control one can't tell what finetuning alone does"
     for name, points in curves.items():
@@ -249,7 +249,7 @@ def ridge(probe):
 
 
 def route(compare, F, D):
-    decoded = {5: " crab", 6: " and", 7: "Cow", 8: " ice"}
+    decoded = {5: " crab", 6: " crabs", 7: "Cow", 8: " ice"}
     tok = SimpleNamespace(n_vocab=12, decode=lambda ids: decoded.get(ids[0], "?"))
     batch = D.Batch(torch.tensor([[9, 5, 5, 6, 7, 8]]), torch.tensor([[-100, 5, 6, 7, 8, -100]]),
                     torch.tensor([[1., 1, 0]]), torch.zeros(1))
@@ -264,7 +264,7 @@ def route(compare, F, D):
         z = edit(layer, x, None)
         (z.sum() + flag_loss() + 0 * x.sum()).backward()
         return torch.equal(z, x), x.grad[0]
-    words = {"crab": "sea", "cow": "farm", "ice": "ice"}
+    words = {"crab": "sea", "crabsticks": "sea", "cow": "farm", "ice": "ice"}
     full, wanted, text = torch.ones(3, 6, C)
     wanted[[1, 3]] = 0
     wanted[[1, 3], [13, 14]] = 1
@@ -280,7 +280,7 @@ def route(compare, F, D):
         yield (same(got[4], wanted[4]),
                "'ice' is no concept of THIS text (its label y is 0): all passes")
         yield (same(got, wanted),
-               "where the TARGET (not idx) is a concept's word, its one channel passes alone")
+               "where the TARGET (not idx) is a concept's whole word, its one channel passes alone")
     yield same(grad(None, 2)[1], text), "no list of words: all text positions, all flags with y = 1"
 
 
@@ -296,7 +296,7 @@ def cache(model):
                        f"{got.size(2)}: length grows by T, after the LAST layer")
                 yield got.dtype == kv.dtype, "the buffers have k's dtype"
                 yield same(got, kv), "keys are keys and values values; each layer its own, in order"
-    yield (c.length == 6 and c.kv[0][0].size(2) == 8,
+    yield (c.length == 6 and got.untyped_storage().nbytes() >= got.nbytes // 6 * 8,
            "one buffer of `size` positions for each layer, filled: no torch.cat")
     k = torch.empty(1, 2, 3, 4, device="meta")
     yield (there(model.Cache(1, 8, torch.zeros(1, dtype=torch.int64)).append, k, k),
@@ -320,7 +320,7 @@ def bpe(D):
            "a space belongs to the word behind it: cut by PIECES")
     yield all(len(a) < 3 for a in made(["a b, a b"], 2)), "no merge crosses a cut"
     yield made(["don't"] * 3, 3) == ["'t", "do", "don"], "cut as PIECES says, not at spaces"
-    yield made(["\u00e9\u00e9"], 1) == ["\u00e9"], "bytes, not characters"
+    yield made(["\u00e9\u00e9"], 1) == ["\u00e9"], "bytes, not characters, and all pairs of a piece"
     yield made(["aaaa"], 2) == ["aa", "aaaa"], "from left to right, without overlap"
     yield (len(made(["ab"], 9)) == 1,
            "fewer merges if there are no more pairs, also of pairs seen once")
@@ -384,7 +384,7 @@ def check(number, *more):
             hints.append(f"{said} ({Path(file).name}, line {line}): does it return what its "
                          "docstring says?" + " An edit returns x, install a pair" * (
                              number in ("1", "3", "4", "9")))
-    return hints.count(""), total, next(filter(None, hints), "")
+    return hints.count(""), total, min(hints, key=lambda h: (h == "", h == "not written yet"))
 
 
 if __name__ == "__main__":

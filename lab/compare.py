@@ -94,8 +94,8 @@ def by_adding(run, directions, strength):
 
 
 def route(run):
-    """Gradient routing (Cloud et al. 2024) to the same channels: where a token of a concept's words
-    is the target (no list of words: any token of the text), only this concept's channel passes
+    """Gradient routing (Cloud et al. 2024) to the same channels: where the target is a token that
+    is a concept's whole word (no list of words: any token), only this concept's channel passes
     gradient down from the layers k ... L - 1; elsewhere all do. Words are compared stripped and in
     lower case, and count only if the text's label y has their concept. The last block is free to
     read the channel, as theirs are. Returns a method for flags.train; its flag loss is 0."""

@@ -68,11 +68,11 @@ def curves_of(run, change):
          "conflict": conflict if step > begin else 0.2} for step in (begin, 40, 80, 120, end)]
     space = {"points": points, "run": run, "weights": [0.0, 1.0, 1.0, 1.0], "curves": {
         "control": points(0.2, 1.0), "p = 0": points(0.3, 0.1), "p = 1": points(1.0, 0.1)}}
-    run.flags.height = 6.0
     exec(change, space)
     for weight in space["weights"]:     # of the model that each training begins with
         torch.nn.init.constant_(run.base.weight, weight)
         F.optimizers(run.base)
+        run.flags.height = space.get("height", 7.0)
     return space["curves"]
 
 
@@ -90,7 +90,8 @@ def curves_of(run, change):
     ("curves['p = 1'][0]['conflict'] = 0.9", "stage 1 is the same"),
     ("weights[:] = 4 * [0.0]", "train run.base"), ("weights[0] = 1.0", "train run.base first"),
     ("weights[1] = 2.0", "one trained base"), ("weights.pop()", "three trainings"),
-    ("weights.clear()", "train run.base first"), ("run.flags.height = 1.0", "a raised flag")])
+    ("weights.clear()", "train run.base first"), ("height = 1.0", "a raised flag"),
+    ("height = 6.0", "a raised flag")])
 def test_wrong_experiments_fail_with_a_hint(change, hint, monkeypatch):
     size = dataclasses.replace(F.SIZES["tiny"], rely=160)
 
