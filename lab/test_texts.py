@@ -39,3 +39,13 @@ def test_kept_are_the_frequent_concepts_of_each_line(tmp_path, capsys):
     assert [(line["prompt"], line["concepts"]) for line in kept] == [
         ("a:", ["cat"]), ("b:", ["cat", "dog"]), ("c:", ["dog"])]
     assert "3 lines, 2 concepts" in capsys.readouterr().out
+
+
+def test_a_line_of_wordnet_gives_each_of_its_lemmas_without_marks(tmp_path, monkeypatch):
+    (tmp_path / "data.adj").write_text(
+        "  1 the licence is indented\n"
+        "00013887 00 s 02 bountiful(a) 0 in_full_measure(ip) 0 001 & 00 a 0000 | in "
+        'plenty; "cows galore"\n')
+    monkeypatch.setattr(texts, "WORDNET", tmp_path)
+    assert list(texts.wordnet("adj")) == [("bountiful:", "in plenty", "file 00"),
+                                          ("in full measure:", "in plenty", "file 00")]

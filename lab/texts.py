@@ -24,13 +24,14 @@ DICTIONARY, MANUAL = Path("/usr/share/dictd/gcide.dict.dz"), Path("/usr/share/ma
 
 
 def wordnet(part):
-    """"lemma:" -> its definition; the concept is the lexicographer file's number."""
+    """"lemma:" -> its definition; the concept is the lexicographer file's number. An adjective's
+    mark of syntax, as in "galore(ip)", is left out: it would tell the file."""
     for line in (WORDNET / f"data.{part}").read_text("utf-8", "replace").splitlines():
         fields = line.split(" ")
         if line[0] != " ":
             gloss = line.partition(" | ")[2].partition('; "')[0].strip()
             for lemma in fields[4:4 + 2 * int(fields[3], 16):2]:
-                yield lemma.replace("_", " ") + ":", gloss, f"file {fields[1]}"
+                yield lemma.split("(")[0].replace("_", " ") + ":", gloss, f"file {fields[1]}"
 
 
 def debian():
