@@ -367,7 +367,7 @@ CHECKS = {"1": (22, (steer, "flags")), "2": (8, (pad, "data")),
 
 
 def check(number, *more):
-    """(points, of, hint): one point for each check that holds; hint: of the first that does not."""
+    """(points, of, hint): one point for each check that holds; hint: of a check that does not."""
     torch.manual_seed(0)
     (total, *groups), hints = CHECKS[number], []        # "" for each check that holds
     for checks, *modules in groups:
