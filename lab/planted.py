@@ -1,6 +1,6 @@
 """Do the tests notice wrong versions? planted.txt has some; each is tried in a copy of its own.
 
-    python -m lab.planted       # some eight minutes on two cores; lab/test_init.py's packages
+    python -m lab.planted       # some twelve minutes on two cores; lab/test_init.py's packages
 """
 import os
 import shutil
