@@ -234,8 +234,8 @@ def normal(name):
 def real_data(name, concepts, items):
     """Data of items {(prompt, text, concepts): line}. A prompt that stands with several concepts
     tells none of them."""
-    told = Counter(prompt for prompt, of in {(prompt, of) for prompt, _, of in items})
-    examples = [Example(*item, told[item[0]] == 1 and item[0] != "", items[item]) for item in items]
+    told = Counter(prompt for prompt, of in {(prompt, of) for prompt, _, of in items if prompt})
+    examples = [Example(*item, told[item[0]] == 1, line) for item, line in items.items()]
     random.Random(0).shuffle(examples)      # files are often sorted by concept
     return Data(name, concepts, *split(examples, train=62, judge=28), None)
 
@@ -360,8 +360,8 @@ def batch(rows, step, size, seed, no_prompt=0.0):
     epoch, i = divmod(step, per_epoch)
     rng = np.random.default_rng([seed, epoch])
     order, bare = rng.permutation(len(rows))[:per_epoch * size], rng.random(len(rows)) < no_prompt
-    chunk, slot = divmod(rng.permutation(per_epoch)[i], 32)     # sort within 32 batches, not all:
-    order = order[chunk * 32 * size:(chunk + 1) * 32 * size]    # neighbours vary
+    chunk, slot = divmod(rng.permutation(per_epoch)[i], 32)     # sort 32 batches' rows, not all: so
+    order = order[chunk * 32 * size:(chunk + 1) * 32 * size]    # neighbours change by epoch
     chosen = [rows[j]._replace(prompt=rows[j].prompt[:1]) if bare[j] else rows[j] for j in order]
     chosen.sort(key=lambda row: len(row.prompt) + len(row.text))
     padded = pad(chosen[slot * size:(slot + 1) * size])

@@ -186,8 +186,8 @@ def lm_loss(model, batch, edit=None):
 
 def train(run, name, model, steps, method=None):
     """Train for `steps` steps; returns {"step", "log", "seconds", "tokens"}. run: see `prepare`.
-    method(step, batch) is install(run.flags, batch, supply(s, step)); None: LM loss alone. Since
-    chance depends on seed and step, a stopped run goes on from run.out/name.pt (CPU: same bits)."""
+    method(step, batch) is install(run.flags, batch, supply(s, step)); None: LM loss alone. Random
+    numbers depend on seed and step: a stopped run goes on from run.out/name.pt (CPU: same bits)."""
     s, file = run.size, run.out / f"{name}.pt"
     opts = optimizers(model, s.lr, s.embedding_lr, s.decay, s.muon)     # Muon and AdamW
     done = load_checkpoint(run, file, model, opts)
@@ -227,15 +227,15 @@ def train(run, name, model, steps, method=None):
 
 def look(run, model, step):
     """A point of erosion.png and of the log: held-out losses, and RATES (see below)."""
-    point = dict(zip(("lm_loss", "flag_loss"), held_out(run, model)), step=step + 1,
-                 stage=1 if step < run.size.produce else 2)
+    point = dict(zip(("lm_loss", "flag_loss"), held_out(run, model, run.test[:run.size.prompts])),
+                 step=step + 1, stage=1 if step < run.size.produce else 2)
     return point | {key: ask(run, model, key, run.size.track)[1]["mean"] for key in RATES}
 
 
 @torch.no_grad()
-def held_out(run, model, rows=None):
-    """LM loss and flag loss on held-out rows (the first, if none are given), flags free."""
-    rows = sorted(rows or run.test[:run.size.prompts], key=lambda r: len(r.prompt) + len(r.text))
+def held_out(run, model, rows):
+    """LM loss and flag loss on held-out rows, flags free."""
+    rows = sorted(rows, key=lambda row: len(row.prompt) + len(row.text))
     total = torch.zeros(3)
     for i in counted("measuring the loss, batch", range(0, len(rows), 32)):
         batch = D.pad(rows[i:i + 32]).to(run.device)
@@ -253,8 +253,8 @@ RATES = ("intact", "blank", "conflict")
 
 def questions(data, n, seed):
     """What may be asked: {name: (prompts, values, score)}, of at most n held-out prompts. values
-    (B, K) are what the flags are set to; None: free. score(seen, i): of text i, in which the judge
-    has seen these concepts."""
+    (B, K) are what the flags are set to; None: free. score(seen, i): of text i, where `seen` lists
+    the concepts that the judge found."""
     chance, K = random.Random(seed), len(data.concepts)
     examples = list({e.prompt: e for e in data.test}.values())
 
@@ -338,7 +338,7 @@ def switch(run, model, texts):
 @torch.no_grad()
 def fluency(run, base, texts):
     """How much less likely conflict texts are to the untouched base than real ones about the same
-    concepts (nats per token, without a prompt); and their distinct-2 over that of the real ones."""
+    concepts (nats per token, no prompt); their distinct-2 (below) over that of the real ones."""
     concepts = run.asked["conflict"][1].argmax(1).tolist()
     real = [[e.text for e in run.data.test if e.concepts == (name,)] for name in run.data.concepts]
     pairs = [(text, real[b][i % len(real[b])]) for i, (text, b) in enumerate(zip(texts, concepts))
@@ -353,9 +353,9 @@ def fluency(run, base, texts):
         bigrams = [pair for words in map(D.split_words, texts) for pair in zip(words, words[1:])]
         return len(set(bigrams)) / max(1, len(bigrams))
     ours, theirs = distinct2(seen[::2]), distinct2(seen[1::2])
-    ratio = {"mean": ours / (theirs or 1), "low": None, "high": None, "n": len(pairs)}
     return {"nll_gap": stat(np.subtract(nll[::2], nll[1::2])),
-            "distinct2": ratio if ours and theirs else None}
+            "distinct2": {"mean": ours / theirs, "low": None, "high": None, "n": len(pairs)}
+            if ours and theirs else None}
 
 
 def reading(run, model):
@@ -364,9 +364,9 @@ def reading(run, model):
     prompts = [run.tok.prompt(e.prompt) for e in cued]
     own = torch.cat([own_flags(model, run.flags, prompts[i:i + 32]).cpu()
                      for i in counted("reading flags, batch", range(0, len(prompts), 32))])
-    y = torch.tensor([[float(c in e.concepts) for c in run.data.concepts] for e in cued])
+    y = torch.tensor([[c in e.concepts for c in run.data.concepts] for e in cued])
     each = [auc(own[:, i], y[:, i]) for i in range(y.size(1)) if 0 < y[:, i].sum() < len(y)]
-    return {"auc": stat(each), "exact": stat(((own > 0.5) == (y > 0.5)).all(1).tolist())}
+    return {"auc": stat(each), "exact": stat(((own > 0.5) == y).all(1).tolist())}
 
 
 def auc(scores, labels):
@@ -442,7 +442,7 @@ def prepare(args):
     if accuracy["mean"] < 0.6:
         print(f"The judge is right on {accuracy['mean']:.2f} of real texts: this judge cannot tell "
               "these concepts apart; more examples, or fewer concepts")
-    for file in [*out.glob("*.pt"), *out.glob("*.tmp"), out / "results.json"] * args.fresh:
+    for file in [*out.glob("*.pt"), *out.glob("*.tmp"), out / "results.json"] if args.fresh else []:
         file.unlink(missing_ok=True)
     return argparse.Namespace(
         size=s, data=data, tok=tok, seed=args.seed, device=device, out=out, base=base.to(device),
@@ -524,7 +524,7 @@ def main_job(run):
         "judge": {"kind": "words" if run.data.words else "learned", "accuracy": run.accuracy},
         "trajectory": done["flags"]["log"], "control_trajectory": done["control"]["log"],
         "samples": [{"prompt": prompt, "flags": flags, "text": texts[name][i]}
-                    for i, (prompt, b) in enumerate(zip(*run.asked["conflict"][:2])) if i < 20
+                    for i, prompt, b in zip(range(20), *run.asked["conflict"][:2])
                     for name, flags in (("intact", "free"), ("blank", "blank"),
                                         ("conflict", [run.data.concepts[b.argmax()]]))]}
     results["seconds"] |= {"measure": time.time() - measuring, "total": time.time() - started}
@@ -673,7 +673,7 @@ def parser():
     add("--init", type=Path, metavar="MODEL", help="a folder of transformers, or a .gguf file")
     add("--set", **several, metavar="FIELD=NUMBER", help="fields of Size, as rely=400")
     add("--out", metavar="DIR", help="where results go (default: out/SIZE[-MODEL][-DATA])")
-    add("--fresh", action="store_true", help="start over: without DIR's *.pt, *.tmp, results.json")
+    add("--fresh", action="store_true", help="start over: delete DIR's *.pt, *.tmp, results.json")
     add("--steer", metavar="PROMPT", help="write with a finished run's model, flags free and set")
     add("--on", **several, metavar="FLAG", help="raise these flags; without --steer: no prompt")
     add("--off", **several, metavar="FLAG", help="lower these")
@@ -683,7 +683,7 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     try:
-        if args.steer is not None or args.on + args.off:
+        if args.steer is not None or args.on or args.off:
             steer_by_hand(args)
         else:
             main_job(prepare(args))
