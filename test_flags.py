@@ -706,9 +706,8 @@ def test_the_mechanism(finished):
     assert read["auc"] > 0.97 and r["loss"]["flags"] < r["loss"]["control"] + 0.15
     assert r["loss"]["control"] < r["loss"]["base"] - 0.02
     first, last = r["trajectory"][0], r["trajectory"][-1]
-    assert first["stage"] == 1 and first["step"] == finished.run.size.produce
-    assert last["stage"] == 2 and last["flag_loss"] < 0.1
-    assert first["conflict"] < 0.8 < last["conflict"]
+    assert (first["stage"], last["stage"], first["step"]) == (1, 2, finished.run.size.produce)
+    assert first["conflict"] < 0.8 < last["conflict"] and last["flag_loss"] < 0.1
 
 
 def test_results_have_the_form_of_the_protocol(finished):
@@ -723,8 +722,7 @@ def test_results_have_the_form_of_the_protocol(finished):
         "base": "intact blank", "control": "intact blank", "flags": "intact supplied blank"}
     assert {"size", "data", "seed", "device", "torch", "commit", "parameters"} <= set(r)
     for leaf in (r["read"]["auc"], r["steer"]["conflict"], r["reliance"]["base"]["blank"]):
-        mean, low, high, _ = (leaf[key] for key in ("mean", "low", "high", "n"))
-        assert low <= mean <= high and len(leaf) == 4
+        assert leaf["low"] <= leaf["mean"] <= leaf["high"] and len(leaf) == 4
     assert set(r["trajectory"][0]) == {"step", "stage", "lm_loss", "flag_loss", *F.RATES}
     b = run.data.concepts[run.asked["conflict"][1][1].argmax()]
     assert [(sample["prompt"], sample["flags"]) for sample in r["samples"][3:6]] == [
@@ -737,12 +735,14 @@ def test_what_is_measured_is_what_stands_in_the_results(finished):
     for name, model in models.items():
         assert r["reliance"][name]["blank"] == F.ask(run, model, "blank")[1]
         assert r["loss"][name] == pytest.approx(F.held_out(run, model, run.test)[0])
-    texts, rate = F.ask(run, models["flags"], "conflict")
-    assert r["steer"]["conflict"] == rate
-    assert r["steer"]["kept"] == F.ask(run, models["flags"], "kept")[1]
-    assert r["steer"]["nll_gap"] == F.fluency(run, models["base"], texts)["nll_gap"]
-    steps = [[point["step"] for point in r[log]] for log in ("trajectory", "control_trajectory")]
-    assert steps[0] == steps[1]
+    texts = {}
+    for key in (*F.RATES, "kept", "neutral"):
+        texts[key], rate = F.ask(run, models["flags"], key)
+        assert (r["reliance"]["flags"] | r["steer"])[key] == rate
+    assert [sample["text"] for sample in r["samples"][:3]] == [texts[key][0] for key in F.RATES]
+    assert r["steer"]["switch"] == F.switch(run, models["flags"], texts["neutral"])
+    assert r["steer"]["nll_gap"] == F.fluency(run, models["base"], texts["conflict"])["nll_gap"]
+    assert [p["step"] for p in r["trajectory"]] == [p["step"] for p in r["control_trajectory"]]
     batch = D.batch(run.train, 0, 16, run.seed)
     loud = F.streams(models["base"], batch.idx)[run.flags.layer - 1][batch.targets >= 0]
     saved = torch.load(run.out / "flags.pt", weights_only=True)["flags"]    # the last 4 of 64

@@ -104,7 +104,8 @@ def growth(run):
 
 
 def job(run, args):
-    s, n = run.size, 64
+    s, prompts = run.size, (run.asked["neutral"][0] * 64)[:64]
+    n = min(64, s.context + 1 - max(len(run.tok.prompt(prompt)) for prompt in prompts))
     run.flags.height = 1.0
     theirs = their_model(run)
     install = lambda batch: flags.install(run.flags, batch, s.supply)
@@ -115,7 +116,7 @@ def job(run, args):
     for name, (model, method) in models.items():
         train[name], tokens = training(run, model, method)
     for B in (1, 64):
-        ids = [run.tok.prompt(prompt) for prompt in (run.asked["neutral"][0] * B)[:B]]
+        ids = [run.tok.prompt(prompt) for prompt in prompts[:B]]
         edit = flags.steer(run.flags, flags.last(ids), torch.ones(B, run.flags.count))
         for name, (model, _) in models.items():
             writes[B, name] = lambda model=model, ids=ids, edit=edit, name=name: model.generate(

@@ -1,9 +1,7 @@
-"""Against which baselines? All at equal data and steps, from the same base.
+"""Against which baselines? All at equal data and steps, from the same base, measured alike.
 
     python -m lab.compare --size small              # into out/small/results.json and compare.png
     python -m lab.compare --size small --seeds 3
-
-Each is another method of training, or another edit, or another prompt; all are measured alike.
 """
 import copy
 import dataclasses
@@ -15,9 +13,8 @@ import torch
 import data as D
 import flags as F
 from lab import tools
-from lab.tools import change
 
-STRENGTHS = (2.0, 4.0, 6.0, 8.0, 9.0, 10.0, 12.0, 16.0, 32.0)
+STRENGTHS = (2.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0, 32.0)
 
 
 def row(run, model, base, by=None):
@@ -78,19 +75,22 @@ def means(run, model, batches=20):
     return mean - mean.mean(0)
 
 
-def by_adding(run, directions, strength):
-    """Activation addition (Turner et al. 2023): strength x the concept's direction, after block k,
-    from the last token of the prompt on."""
-    def by(ids, values):
-        start = F.last(ids).to(run.device)[:, None]
-        push = strength * (values.to(run.device) @ directions)[:, None]         # (B, 1, C)
+def by_replacing(run, model, directions):
+    """strength -> by: from the last token of the prompt on, after block k, the stream's part in the
+    span of the directions becomes its mean's + strength x the concept's. Only adding that (Turner
+    et al. 2023) would leave what the prompt says."""
+    batch, k = D.batch(run.train, 0, 500, run.seed).to(run.device), run.flags.layer
+    mean = F.streams(model, batch.idx)[k - 1][batch.targets >= 0].mean(0)       # (C,)
+    q = torch.linalg.qr(directions[1:].T)[0]        # (C, K - 1): their sum is 0
+
+    def by(strength, ids, values):
+        new = mean + strength * (values.to(run.device) @ directions)[:, None]   # (B, 1, C)
 
         def edit(layer, x, pos):
-            if layer != run.flags.layer:
-                return x
-            return x + (push * (pos >= start)[..., None]).to(x.dtype)
+            on = (pos >= F.last(ids).to(x.device)[:, None])[..., None] & (layer == k)   # (B, T, 1)
+            return torch.where(on, x + ((new - x) @ q @ q.T).to(x.dtype), x)
         return ids, edit
-    return by
+    return lambda strength: lambda ids, values: by(strength, ids, values)
 
 
 def route(run):
@@ -126,18 +126,18 @@ def job(run, args):
     base, control, flagged = F.train_all(run)[0].values()
     method = lambda step, batch: F.install(run.flags, batch, F.supply(s, step))
     stage1 = lambda step, batch: F.install(run.flags, batch, 0.0)
-    told = change(run, size=dataclasses.replace(s, no_prompt=0.0),
+    told = tools.change(run, size=dataclasses.replace(s, no_prompt=0.0),
                   train=with_control_tokens(run, run.train * -(-steps * s.batch // len(run.train))))
     trained = {"routing": (run, route(run)), "shuffled": (run, shuffled(method, run.seed)),
                "stage1": (run, stage1), "token": (told, None)}
-    if base.config.vocab_size < run.tok.n_vocab + K:
-        print(f"no control token: {base.config.vocab_size} embeddings leave no room for new tokens")
+    if s.top or base.config.vocab_size < run.tok.n_vocab + K:
+        print("no control token: embeddings are frozen (--set top=0), or have no room for new ones")
         del trained["token"]
     new = {name: copy.deepcopy(base) for name in trained}
     F.train_together([(r, name, new[name], steps, *([how] if how else []))
                       for name, (r, how) in trained.items()])
 
-    others = change(run, flags=dataclasses.replace(run.flags, first=0))
+    others = tools.change(run, flags=dataclasses.replace(run.flags, first=0))
     arms = {"flags": row(run, flagged, base),
             "no steering": row(run, control, base, lambda ids, values: (ids, None)) | {
                 "blank": results["reliance"]["control"]["blank"]},
@@ -147,11 +147,11 @@ def job(run, args):
     if "token" in new:
         arms["control token"] = row(run, new["token"], base, by_control_token(run))
 
-    directions, curves = means(run, control), {}
-    mixed = random.Random(run.seed).sample(run.data.train, min(len(run.data.train), 5000))
-    own = change(run, asked=F.questions(dataclasses.replace(run.data, test=mixed), 96, run.seed))
+    few = random.Random(run.seed).sample(run.data.train, min(len(run.data.train), 5000))
+    asked = F.questions(dataclasses.replace(run.data, test=few), 96, run.seed)
+    own, curves = tools.change(run, asked=asked), {}
     for name, model, by in (
-            ("difference of means", control, lambda a: by_adding(run, directions, a)),
+            ("difference of means", control, by_replacing(run, control, means(run, control))),
             ("gradient routing", new["routing"], lambda a: lambda ids, values: (
                 ids, F.steer(run.flags, F.last(ids), a / s.height * values)))):     # a RMS high
         curves[name] = {a: row(run, model, base, by(a)) for a in STRENGTHS}
@@ -178,7 +178,7 @@ def draw(run, arms, curves):
     for name, curve in curves.items():
         points = [(a, *place(figures)) for a, figures in curve.items() if figures["nll_gap"]]
         ax.plot([x for _, x, _ in points], [y for *_, y in points], color="0.6", lw=1, zorder=1)
-        ends[name] = max((x for _, x, _ in points), default=0)
+        ends[name] = max((x for _, x, _ in points), default=0) + 0.15
         for (a, x, y), (_, *after) in zip(points, [*points[1:], (0, 99, 99)]):
             if abs(x - after[0]) + abs(y - after[1]) > 0.1:     # else it would hide the next
                 ax.annotate(f"{a:g}", (x, y), fontsize=7, color="0.5",

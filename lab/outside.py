@@ -8,7 +8,8 @@ from lab import tools
 
 
 def job(run, args):
-    other = D.load(args.other, max(16, run.flags.count), run.seed).test[:12 * run.size.prompts]
+    other = [e for e in D.load(args.other, max(16, run.flags.count), run.seed).test
+             if len(run.tok.prompt(e.prompt)) <= run.size.context][:12 * run.size.prompts]
     rows = D.encode(other, run.tok, run.data.concepts, run.size.context)
     if not rows:
         raise D.Stop(f"{args.other}: no text of it is held out; more lines")

@@ -31,9 +31,10 @@ def variant(run, name, value):
         flags = dataclasses.replace(run.flags, first=run.size.width - value, count=value)
         rows = {part: [row._replace(label=tuple(row.label[i] for i in which))
                        for row in vars(run)[part]] for part in ("train", "test")}
-        asked = {key: (prompts, values, score) if values is None else sayable(
-            prompts, values, score, which) for key, (prompts, values, score) in run.asked.items()}
-        if not asked["conflict"][0] or not asked["neutral"][0]:
+        told = dict.fromkeys(("intact", "blank"), run.asked["supplied"][1])
+        asked = {key: sayable(*question, which, told.get(key, question[1]))
+                 for key, question in run.asked.items()}
+        if not all(asked[key][0] for key in ("conflict", "neutral", "intact")):
             raise Stop(f"{value} fenced channels: no question for their flags; --set prompts=...")
         settings = run.settings | {"fenced": value}
         return change(run, flags=flags, asked=asked, settings=settings, **rows)
@@ -47,17 +48,18 @@ def variant(run, name, value):
     value = vars(size)[name]
     if not (0 < value <= F.MOST.get(name, 2 ** 32 - 1) or value == 0 and name in F.MAY_BE_0):
         raise Stop(f"{name}={value} is out of range")
-    if not 1 <= size.layer <= size.layers:
-        raise Stop(f"there is no block {size.layer} of {size.layers}")
+    lowest = size.layers - size.top + 1 if size.top else 1     # no frozen block can raise flags
+    if not lowest <= size.layer <= size.layers:
+        raise Stop(f"there is no block {size.layer} that is trained: {lowest} to {size.layers} are")
     height = run.flags.height * size.height / run.size.height
     flags = dataclasses.replace(run.flags, layer=size.layer, height=height)
     return change(run, size=size, flags=flags, settings=run.settings | vars(size))
 
 
-def sayable(prompts, values, score, which):
-    """The questions whose flags are among `which`."""
-    kept = [i for i, row in enumerate(values) if set(row.nonzero()[:, 0].tolist()) <= {*which}]
-    return ([prompts[i] for i in kept], values[kept][:, which],
+def sayable(prompts, values, score, which, about):
+    """The questions about flags (B, K) among `which`. values (B, K) may be None."""
+    kept = [i for i, row in enumerate(about) if set(row.nonzero()[:, 0].tolist()) <= {*which}]
+    return ([prompts[i] for i in kept], None if values is None else values[kept][:, which],
             lambda text, i: score(text, kept[i]))
 
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,149 +48,6 @@ def batch_of(targets, y):
     return D.Batch(targets.clamp(min=0), targets, torch.tensor(y), torch.zeros(len(y)))
 
 
-# ---------------------------------------------------------------------------- baselines
-
-def test_gradient_routing_against_a_hand_written_mask(run):
-    words = {5: " crab", 6: " and", 7: "Cow", 8: " igloo"}
-    told = change(run, tok=dataclasses.replace(run.tok, decode=lambda ids: words.get(ids[0], "?")))
-    y = [[float(concept in ("sea", "farm")) for concept in run.data.concepts]]
-    batch = batch_of([[-100, 5, 6, 7, 8, -100]], y)     # given; sea; plain; farm; not of this text
-    batch = batch._replace(idx=torch.full((1, 6), 5))   # what is read does not matter
-    edit, flag_loss = compare.route(told)(0, batch)
-    x = torch.randn(1, 6, 64, requires_grad=True)
-    assert torch.equal(edit(1, x, None), x) and flag_loss() == 0        # nothing changes forwards
-    edit(2, x, None).sum().backward()
-    assert x.grad.eq(1).all()                           # the last block's output is free
-    x.grad = None
-    edit(1, x, None).sum().backward()
-    passes = torch.ones(1, 6, 64)
-    for t, concept in ((1, "sea"), (3, "farm")):
-        passes[0, t] = 0
-        passes[0, t, run.flags.first + run.data.concepts.index(concept)] = 1
-    assert torch.equal(x.grad, passes)
-
-    wordless = change(run, data=dataclasses.replace(run.data, words=None))
-    edit, _ = compare.route(wordless)(0, batch)
-    x.grad = None
-    edit(1, x, None).sum().backward()                   # the whole text is the concepts'
-    passes[0, 1:5] = 0
-    passes[0, 1:5, run.flags.slice] = torch.tensor(y[0])
-    assert torch.equal(x.grad, passes)
-
-
-def test_shuffled_labels_keep_their_number_and_lose_their_rows():
-    batch, seen = D.Batch(*[torch.zeros(40, 1)] * 2, torch.eye(40), torch.zeros(40)), []
-    for step in (3, 3, 4):
-        compare.shuffled(lambda step, batch: seen.append(batch.y), 1)(step, batch)
-    assert seen[0].sum(0).eq(1).all() and seen[0].sum(1).eq(1).all()
-    assert seen[0].diagonal().sum() < 10                # one is expected
-    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
-
-
-def test_control_tokens_stand_behind_the_prompt(run):
-    row, n = D.Row([1, 2], [3], (0.0, 1.0) + (0.0,) * 14), run.tok.n_vocab
-    with_size = lambda **sizes: change(run, size=dataclasses.replace(run.size, **sizes))
-    rows = compare.with_control_tokens(with_size(supply=0.7, no_prompt=0.0), [row] * 2000)
-    told = sum(r.prompt == [1, 2, n + 1] for r in rows)
-    assert told + sum(r.prompt == [1, 2] for r in rows) == 2000
-    assert told / 2000 == pytest.approx(0.7, abs=0.06)      # 6 standard errors
-    rows = compare.with_control_tokens(with_size(supply=1.0, no_prompt=0.3), [row] * 2000)
-    # the prompt goes, the token stays
-    assert {tuple(r.prompt) for r in rows} == {(1, n + 1), (1, 2, n + 1)}
-    assert np.mean([len(r.prompt) == 2 for r in rows]) == pytest.approx(0.3, abs=0.06)
-    half = with_size(supply=0.9, no_prompt=0.0, wean=0.5, rely=4)     # the second half: 0.3
-    rows = compare.with_control_tokens(half, [row] * 2000)
-    assert np.mean([len(r.prompt) == 3 for r in rows]) == pytest.approx(0.6, abs=0.06)
-    by, values = compare.by_control_token(run), torch.tensor([row.label])
-    assert by([[9]], values) == ([[9, n + 1]], None)
-    always, full = with_size(supply=1.0, no_prompt=0.0), D.Row([1] * 100, [3] * 29, row.label)
-    wanted = D.Row([1] * 100 + [n + 1], [3] * 28, row.label)
-    assert compare.with_control_tokens(always, [full]) == [wanted]
-    full = D.Row([1] * 128, [3], row.label)                 # it fills the context: there is no room
-    assert compare.with_control_tokens(always, [full]) == [full]
-    assert by([full.prompt], values) == ([[1] * 127 + [n + 1]], None)
-
-
-def test_difference_of_means_by_hand(monkeypatch):
-    """Every text position weighs the same, the prompt nothing; what all concepts share goes."""
-    x = torch.randn(4, 5, 6)
-    batches = [batch_of([[-100, 1, 1, 1, -100], [1] * 5], [[1., 0], [0, 1]]),
-               batch_of([[-100] * 4 + [1], [-100, 1, -100, -100, -100]], [[1., 1], [0, 1]])]
-    streams = iter((x[:2], x[2:]))
-    monkeypatch.setattr(D, "batch", lambda rows, step, *args: batches[step])
-    monkeypatch.setattr(F, "streams", lambda model, idx: [None, next(streams)])
-    run = SimpleNamespace(data=SimpleNamespace(concepts=["a", "b"]), device="cpu", train=None,
-                          seed=0, flags=F.Flags(2, 4, 2))
-    a = torch.cat([x[0, 1:4], x[2, 4:]]).mean(0)
-    b = torch.cat([x[1], x[2, 4:], x[3, 1:2]]).mean(0)
-    found = compare.means(run, SimpleNamespace(config=SimpleNamespace(n_embd=6)), batches=2)
-    assert torch.allclose(found, torch.stack([a, b]) - (a + b) / 2, atol=1e-6)
-
-
-def test_adding_a_direction(run):
-    directions = torch.randn(16, 64)
-    ids, edit = compare.by_adding(run, directions, 3.0)([[1, 2]], torch.eye(16)[2:3])
-    x, pos, k = torch.randn(1, 4, 64), torch.arange(4)[None], run.flags.layer
-    after = edit(k, x, pos)
-    assert torch.equal(after[0, 0], x[0, 0]) and torch.equal(edit(k + 1, x, pos), x)
-    assert torch.allclose(after[0, 1:], x[0, 1:] + 3 * directions[2])
-
-
-def test_the_comparison_measures_each_arm_by_its_model(run, tmp_path, monkeypatch, capsys):
-    here, jobs = change(run, out=tmp_path), []
-    named = lambda name: SimpleNamespace(name=name, config=run.base.config, parameters=lambda: [])
-
-    def train_all(run):
-        return {name: named(name) for name in ("base", "control", "flags")}, None
-
-    def train_together(these):
-        for _, name, model, *_ in these:
-            model.name = name
-        jobs.extend(these)
-
-    def row(run, model, base, by=None):
-        return {"model": model.name, "base": base.name, "first": run.flags.first,
-                "by": by if isinstance(by, tuple) else by is not None}
-
-    def ask(run, model, name, by):
-        return None, {"mean": by[1] / 8.4 if isinstance(by, tuple) else 0.0}
-    main_results = {"loss": 1, "reliance": {"control": {"blank": 0.9}}}
-    monkeypatch.setattr(tools, "main_results", lambda run: main_results)
-    monkeypatch.setattr(F, "train_all", train_all)
-    monkeypatch.setattr(compare.copy, "deepcopy", lambda model: named(f"new from {model.name}"))
-    monkeypatch.setattr(F, "train_together", train_together)
-    monkeypatch.setattr(compare, "means", lambda run, model: model.name)
-    monkeypatch.setattr(compare, "by_adding", lambda run, way, strength: (way, strength))
-    monkeypatch.setattr(compare, "draw", lambda *args: None)
-    monkeypatch.setattr(compare, "row", row)
-    monkeypatch.setattr(F, "ask", ask)
-    arms = compare.job(here, None)
-    assert {name: (arm["model"], arm["by"]) for name, arm in arms.items()} == {
-        "flags": ("flags", False),
-        "no steering": ("control", True),
-        "shuffled labels": ("shuffled", False),
-        "stage 1 only": ("stage1", False),
-        "16 other channels": ("flags", False),
-        "control token": ("token", True),
-        "difference of means": ("control", ("control", 8.0)),
-        "gradient routing": ("routing", True)}
-    assert arms["16 other channels"]["first"] == 0 and arms["flags"]["first"] == 48
-    assert arms["difference of means"]["strength"] == 8
-    assert {arm["base"] for arm in arms.values()} == {"base"}
-    assert arms["no steering"]["blank"] == 0.9
-    kept = json.loads((tmp_path / "results.json").read_text())
-    assert kept == main_results | {"compare": kept["compare"]}
-    trained = {name: (r, steps) for r, name, _, steps, *_ in jobs}
-    assert {steps for _, steps in trained.values()} == {run.size.produce + run.size.rely}
-    assert trained["token"][0].train is not run.train and trained["token"][0].size.no_prompt == 0
-    methods = {name: more for _, name, _, _, *more in jobs}
-    assert methods["token"] == []
-    batch = batch_of([[-100, 1, 1, 1]], [[1.0] * 16])
-    for name, supplied in (("stage1", False), ("shuffled", True)):
-        x = methods[name][0](run.size.produce, batch)[0](1, torch.zeros(1, 4, 64), None)
-        assert x.any() == supplied
-
-
 # ---------------------------------------------------------------------------- sweeps, probes
 
 @pytest.mark.parametrize("name, value, layer, K, p", [
@@ -211,6 +67,25 @@ def test_what_a_sweep_varies(run, name, value, layer, K, p):
     for bad, value in (("width", 4), ("top", 1), ("layer", 9), ("rely", "x"), ("fenced", 99)):
         with pytest.raises(D.Stop, match="there is no|wants a number, not x|not 99"):
             sweep.variant(run, bad, str(value))
+
+
+def test_a_sweep_asks_for_no_flag_that_is_not_there(run):
+    rows = torch.tensor([[1., 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 0, 0]])
+    prompts, values, score = sweep.sayable(list("abcde"), rows, lambda text, i: i, [0, 2], rows)
+    assert prompts == ["a", "c", "e"] and values.tolist() == [[1, 0], [0, 1], [0, 0]]
+    assert [score("", i) for i in range(3)] == [0, 2, 4]
+    four, names = sweep.variant(run, "fenced", "4"), set(run.data.concepts[:4])
+    for key in ("intact", "blank", "supplied"):     # whatever the flags are set to
+        prompts, values, _ = four.asked[key]
+        told = [set(D.content(prompt, run.data.words)) for prompt in prompts]
+        assert told and set.union(*told) <= names and (values is None) == (key == "intact")
+
+
+def test_a_sweep_has_no_flags_after_frozen_blocks(run):
+    few = change(run, size=dataclasses.replace(run.size, layers=4, top=2))
+    assert sweep.variant(few, "layer", "3").flags.layer == 3
+    with pytest.raises(D.Stop, match="no block 2 that is trained: 3 to 4 are"):
+        sweep.variant(few, "layer", "2")
 
 
 def test_a_linear_probe_in_closed_form():
@@ -372,6 +247,11 @@ def test_two_processes_have_the_losses_of_one_and_one_goes_on_from_their_checkpo
         return [point[key] for point in results["trajectory"] for key in keys], results
     one, results = losses(1, "one")
     assert F.main(arguments(tmp_path / "one", "every=1")) == 2      # its checkpoints are not these
+    assert F.main(arguments(tmp_path / "plain", "every=1")) is None     # flags.py trains alike
+    plain = json.loads((tmp_path / "plain" / "results.json").read_text())["trajectory"]
+    for key in ("lm_loss", "flag_loss"):
+        assert [point[key] for point in plain] == pytest.approx(
+            [point[key] for point in results["trajectory"]], rel=2e-3)
     two, _ = losses(2, "two")
     assert two == pytest.approx(one, rel=2e-3)
     (tmp_path / "two" / "results.json").unlink()

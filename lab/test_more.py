@@ -15,7 +15,7 @@ import torch
 
 import data as D
 import flags as F
-from lab import planted, sweep
+from lab import planted
 from model import Cache
 
 torch.set_num_threads(1)
@@ -105,13 +105,6 @@ def test_a_learned_judge_of_any_script(form, one, other):
     found = judge([e.text for e in examples[300:]])
     right = [["cat", "dog"][i] in e.concepts for (i,), e in zip(found, examples[300:])]
     assert np.mean(right) > 0.98
-
-
-def test_a_sweep_asks_for_no_flag_that_is_not_there():
-    rows = torch.tensor([[1., 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 0, 0]])
-    prompts, values, score = sweep.sayable(list("abcde"), rows, lambda text, i: i, [0, 2])
-    assert prompts == ["a", "c", "e"] and values.tolist() == [[1, 0], [0, 1], [0, 0]]
-    assert [score("", i) for i in range(3)] == [0, 2, 4]
 
 
 # ---------------------------------------------------------------------------- torch and disks

@@ -12,6 +12,7 @@ import model as M
 from lab import concepts, probe
 from lab.test_lab import run        # noqa: F401, a fixture
 from lab.tools import change
+from lab.variants import held
 
 
 def test_the_loss_with_the_model_s_own_flags_held(run):         # noqa: F811
@@ -30,6 +31,31 @@ def test_the_loss_with_the_model_s_own_flags_held(run):         # noqa: F811
         n += len(row.text)
     assert probe.held_loss(few, model) == pytest.approx(total / n, rel=1e-3)
     assert abs(total / n - free) > 0.01
+
+
+def test_probes_read_clamped_streams_and_are_tried_on_held_out_texts(run):      # noqa: F811
+    parts, concepts_, clamped = probe.material(run, 5, 3)
+    assert parts == (probe.examples(run, run.data.train, 5), probe.examples(run, run.data.test, 3))
+    labels = torch.tensor([row.label for row in run.train])
+    assert torch.equal(clamped[1], labels.mean(0).expand(3, -1)) and len(concepts_[0]) == 5
+    loud = change(run, flags=F.Flags(1, 48, 16, height=5.0))
+    ids, *_, where = parts[1][0]
+    at = where["in the filler"]
+    for values in (clamped[1], 1 - clamped[1]):
+        x = torch.tensor([ids])
+        edit = F.steer(loud.flags, torch.tensor([where["prompt's end"]]), values[:1])
+        wanted = [stream[0, at, :48] for stream in F.streams(run.base, x, edit)]
+        found = probe.activations(loud, run.base, parts[1][:1], values)["in the filler"][0]
+        assert torch.allclose(found, torch.stack(wanted), atol=1e-5)
+    free = F.streams(run.base, x)[1][0, at, :48]        # after block 2, which reads the slice
+    assert not torch.allclose(found[1], free, atol=1e-3)
+
+
+def test_held_flags_are_rounded(run, monkeypatch):      # noqa: F811
+    monkeypatch.setattr(F, "own_flags", lambda *args: torch.tensor([[0.4, 0.6] * 8]))
+    _, edit = held(run, run.base)([[1, 2]], None)
+    x = edit(run.flags.layer, torch.full((1, 3, 64), 9.0), torch.arange(3)[None])
+    assert x[0, 0].eq(9).all() and x[0, 1, 48:].tolist() == [0.0, run.flags.height] * 8
 
 
 def test_real_text_is_probed_at_the_prompts_end():

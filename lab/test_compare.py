@@ -1,0 +1,176 @@
+"""Tests of the baselines that lab.compare measures, and of the row that each has in its table."""
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data as D
+import flags as F
+from lab import compare, tools
+from lab.test_lab import batch_of, run        # noqa: F401, run is a fixture
+from lab.tools import change
+
+
+def test_gradient_routing_against_a_hand_written_mask(run):
+    words = {5: " crab", 6: " and", 7: "Cow", 8: " igloo"}
+    told = change(run, tok=dataclasses.replace(run.tok, decode=lambda ids: words.get(ids[0], "?")))
+    y = [[float(concept in ("sea", "farm")) for concept in run.data.concepts]]
+    batch = batch_of([[-100, 5, 6, 7, 8, -100]], y)     # given; sea; plain; farm; not of this text
+    batch = batch._replace(idx=torch.full((1, 6), 5))   # what is read does not matter
+    edit, flag_loss = compare.route(told)(0, batch)
+    x = torch.randn(1, 6, 64, requires_grad=True)
+    assert torch.equal(edit(1, x, None), x) and flag_loss() == 0        # nothing changes forwards
+    edit(2, x, None).sum().backward()
+    assert x.grad.eq(1).all()                           # the last block's output is free
+    x.grad = None
+    edit(1, x, None).sum().backward()
+    passes = torch.ones(1, 6, 64)
+    for t, concept in ((1, "sea"), (3, "farm")):
+        passes[0, t] = 0
+        passes[0, t, run.flags.first + run.data.concepts.index(concept)] = 1
+    assert torch.equal(x.grad, passes)
+
+    wordless = change(run, data=dataclasses.replace(run.data, words=None))
+    edit, _ = compare.route(wordless)(0, batch)
+    x.grad = None
+    edit(1, x, None).sum().backward()                   # the whole text is the concepts'
+    passes[0, 1:5] = 0
+    passes[0, 1:5, run.flags.slice] = torch.tensor(y[0])
+    assert torch.equal(x.grad, passes)
+
+
+def test_shuffled_labels_keep_their_number_and_lose_their_rows():
+    batch, seen = D.Batch(*[torch.zeros(40, 1)] * 2, torch.eye(40), torch.zeros(40)), []
+    for step in (3, 3, 4):
+        compare.shuffled(lambda step, batch: seen.append(batch.y), 1)(step, batch)
+    assert seen[0].sum(0).eq(1).all() and seen[0].sum(1).eq(1).all()
+    assert seen[0].diagonal().sum() < 10                # one is expected
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
+def test_control_tokens_stand_behind_the_prompt(run):
+    row, n = D.Row([1, 2], [3], (0.0, 1.0) + (0.0,) * 14), run.tok.n_vocab
+    with_size = lambda **sizes: change(run, size=dataclasses.replace(run.size, **sizes))
+    rows = compare.with_control_tokens(with_size(supply=0.7, no_prompt=0.0), [row] * 2000)
+    told = sum(r.prompt == [1, 2, n + 1] for r in rows)
+    assert told + sum(r.prompt == [1, 2] for r in rows) == 2000
+    assert told / 2000 == pytest.approx(0.7, abs=0.06)      # 6 standard errors
+    rows = compare.with_control_tokens(with_size(supply=1.0, no_prompt=0.3), [row] * 2000)
+    # the prompt goes, the token stays
+    assert {tuple(r.prompt) for r in rows} == {(1, n + 1), (1, 2, n + 1)}
+    assert np.mean([len(r.prompt) == 2 for r in rows]) == pytest.approx(0.3, abs=0.06)
+    half = with_size(supply=0.9, no_prompt=0.0, wean=0.5, rely=4)     # the second half: 0.3
+    rows = compare.with_control_tokens(half, [row] * 2000)
+    assert np.mean([len(r.prompt) == 3 for r in rows]) == pytest.approx(0.6, abs=0.06)
+    by, values = compare.by_control_token(run), torch.tensor([row.label])
+    assert by([[9]], values) == ([[9, n + 1]], None)
+    always, full = with_size(supply=1.0, no_prompt=0.0), D.Row([1] * 100, [3] * 29, row.label)
+    wanted = D.Row([1] * 100 + [n + 1], [3] * 28, row.label)
+    assert compare.with_control_tokens(always, [full]) == [wanted]
+    full = D.Row([1] * 128, [3], row.label)                 # it fills the context: there is no room
+    assert compare.with_control_tokens(always, [full]) == [full]
+    assert by([full.prompt], values) == ([[1] * 127 + [n + 1]], None)
+
+
+def test_difference_of_means_by_hand(monkeypatch):
+    """Every text position weighs the same, the prompt nothing; what all concepts share goes."""
+    x = torch.randn(4, 5, 6)
+    batches = [batch_of([[-100, 1, 1, 1, -100], [1] * 5], [[1., 0], [0, 1]]),
+               batch_of([[-100] * 4 + [1], [-100, 1, -100, -100, -100]], [[1., 1], [0, 1]])]
+    streams = iter((x[:2], x[2:]))
+    monkeypatch.setattr(D, "batch", lambda rows, step, *args: batches[step])
+    monkeypatch.setattr(F, "streams", lambda model, idx: [None, next(streams)])
+    run = SimpleNamespace(data=SimpleNamespace(concepts=["a", "b"]), device="cpu", train=None,
+                          seed=0, flags=F.Flags(2, 4, 2))
+    a = torch.cat([x[0, 1:4], x[2, 4:]]).mean(0)
+    b = torch.cat([x[1], x[2, 4:], x[3, 1:2]]).mean(0)
+    found = compare.means(run, SimpleNamespace(config=SimpleNamespace(n_embd=6)), batches=2)
+    assert torch.allclose(found, torch.stack([a, b]) - (a + b) / 2, atol=1e-6)
+
+
+def test_replacing_what_stands_in_the_directions(run):
+    """There the mean + a direction, whatever stood there; across them all stays as it was."""
+    directions = torch.randn(16, 64)
+    directions -= directions.mean(0)
+    by = compare.by_replacing(run, run.base, directions)
+    (_, none), (_, edit) = (by(a)([[1, 2]], torch.eye(16)[2:3]) for a in (0.0, 3.0))
+    x, pos, k = torch.randn(1, 4, 64), torch.arange(4)[None], run.flags.layer
+    after, mean = edit(k, x, pos), none(k, x, pos)
+    assert torch.equal(after[0, 0], x[0, 0]) and torch.equal(edit(k + 1, x, pos), x)
+    assert torch.allclose(after - mean, 3 * directions[2] * (pos >= 1)[..., None], atol=1e-4)
+    moved = x + directions[5] - 2 * directions[9]       # as if the prompt said something else
+    assert torch.allclose(edit(k, moved, pos)[0, 1:], after[0, 1:], atol=1e-4)
+    across = torch.linalg.qr(torch.cat([directions[1:].T, torch.randn(64, 49)], 1))[0][:, 15:]
+    assert torch.allclose(after @ across, x @ across, atol=1e-4)
+
+
+def test_the_comparison_measures_each_arm_by_its_model(run, tmp_path, monkeypatch, capsys):
+    here, jobs = change(run, out=tmp_path), []
+    named = lambda name: SimpleNamespace(name=name, config=run.base.config, parameters=lambda: [])
+
+    def train_all(run):
+        return {name: named(name) for name in ("base", "control", "flags")}, None
+
+    def train_together(these):
+        for _, name, model, *_ in these:
+            model.name = name
+        jobs.extend(these)
+
+    def row(run, model, base, by=None):
+        return {"model": model.name, "base": base.name, "first": run.flags.first,
+                "by": by if isinstance(by, tuple) else by is not None}
+
+    def ask(run, model, name, by):      # strengths are chosen on training prompts
+        assert {*run.asked[name][0]} <= {e.prompt for e in here.data.train}
+        return None, {"mean": by[1] / 8.4 if isinstance(by, tuple) else 0.0}
+    main_results = {"loss": 1, "reliance": {"control": {"blank": 0.9}}}
+    monkeypatch.setattr(tools, "main_results", lambda run: main_results)
+    monkeypatch.setattr(F, "train_all", train_all)
+    monkeypatch.setattr(compare.copy, "deepcopy", lambda model: named(f"new from {model.name}"))
+    monkeypatch.setattr(F, "train_together", train_together)
+    monkeypatch.setattr(compare, "means", lambda run, model: model.name)
+    monkeypatch.setattr(compare, "by_replacing", lambda run, model, d: lambda a: (d, a))
+    monkeypatch.setattr(compare, "draw", lambda *args: None)
+    monkeypatch.setattr(compare, "row", row)
+    monkeypatch.setattr(F, "ask", ask)
+    arms = compare.job(here, None)
+    assert {name: (arm["model"], arm["by"]) for name, arm in arms.items()} == {
+        "flags": ("flags", False),
+        "no steering": ("control", True),
+        "shuffled labels": ("shuffled", False),
+        "stage 1 only": ("stage1", False),
+        "16 other channels": ("flags", False),
+        "control token": ("token", True),
+        "difference of means": ("control", ("control", 8.0)),
+        "gradient routing": ("routing", True)}
+    assert arms["16 other channels"]["first"] == 0 and arms["flags"]["first"] == 48
+    assert arms["difference of means"]["strength"] == 8
+    assert {arm["base"] for arm in arms.values()} == {"base"}
+    assert arms["no steering"]["blank"] == 0.9
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert kept == main_results | {"compare": kept["compare"]}
+    trained = {name: (r, steps) for r, name, _, steps, *_ in jobs}
+    assert {steps for _, steps in trained.values()} == {run.size.produce + run.size.rely}
+    assert trained["token"][0].train is not run.train and trained["token"][0].size.no_prompt == 0
+    methods = {name: more for _, name, _, _, *more in jobs}
+    assert methods["token"] == []
+    batch = batch_of([[-100, 1, 1, 1]], [[1.0] * 16])
+    for name, supplied in (("stage1", False), ("shuffled", True)):
+        x = methods[name][0](run.size.produce, batch)[0](1, torch.zeros(1, 4, 64), None)
+        assert x.any() == supplied
+
+
+def test_a_row_of_the_table(monkeypatch):
+    """The arm's way steers where flags would be set; the base alone says how likely texts are."""
+    run = SimpleNamespace(test=[1, 2, 3])
+    monkeypatch.setattr(F, "ask", lambda run, *asked, by=None: ([asked, by], (*asked, by)))
+    monkeypatch.setattr(F, "held_out", lambda run, model, rows: [(model, rows), "flag loss"])
+    monkeypatch.setattr(F, "fluency", lambda run, model, texts: {"nll_gap": (model, texts)})
+    for by, blank in (("way", None), (None, ("model", "blank", None))):
+        assert compare.row(run, "model", "base", by) == {
+            "neutral": ("model", "neutral", by), "conflict": ("model", "conflict", by),
+            "intact": ("model", "intact", None), "blank": blank, "loss": ("model", [1, 2, 3]),
+            "nll_gap": ("base", [("model", "conflict"), by])}
