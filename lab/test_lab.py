@@ -165,6 +165,8 @@ def test_scripts_from_end_to_end(tmp_path, monkeypatch, capsys):
     one, two = (json.loads((tmp_path / f"seed-{seed}" / "results.json").read_text())
                 for seed in (1337, 1338))
     assert table["loss flags - control"]["n"] == 2
+    assert table["loss flags - control"]["mean"] == pytest.approx(
+        sum(r["loss"]["flags"] - r["loss"]["control"] for r in (one, two)) / 2)
     assert table["loss control"]["low"] == min(one["loss"]["control"], two["loss"]["control"])
     assert table["steer conflict"]["mean"] == pytest.approx(
         (one["steer"]["conflict"]["mean"] + two["steer"]["conflict"]["mean"]) / 2)
@@ -178,7 +180,9 @@ def test_scripts_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert len(told["compare"]) == 8 and {"neutral", "conflict", "intact", "blank", "nll_gap",
                                           "loss"} <= told["compare"]["flags"].keys()
     rows = json.loads((tmp_path / "sweep-supply.json").read_text())
-    assert [row["value"] for row in rows] == ["0", "1"]
+    assert [row["value"] for row in rows] == ["0", "1"] and rows[0]["loss"] != rows[1]["loss"]
+    for row in rows:
+        assert row["over control"] == pytest.approx(row["loss"] - told["loss"]["control"])
     script(probe, monkeypatch, "--variants", "method", *arguments(tmp_path))
     table = json.loads((tmp_path / "probes.json").read_text())
     assert table.keys() == {"control", "method", "relearning"} and len(table["relearning"]) == 5
