@@ -334,16 +334,24 @@ def bpe(D):
         yield True, ""
 
 
+def whole(file):
+    """What a JSON file holds; None, if it is missing or broken."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def compose(name="you", folders=()):
     seeds = [zlib.crc32(f"{name} {i}".encode()) % 9000 + 1000 for i in range(3)]
     yield (len(folders) == 3, f"run your schedule with the seeds {seeds}, made of your name, once "
            "each, and give the three folders: check.py 11 --name NAME out/a out/b out/c")
     if len(folders) != 3:
         return
-    files = [Path(folder) / "results.json" for folder in folders]
-    for file in files:
-        yield file.exists(), f"there is no {file}: run your schedule to its end"
-    results = [json.loads(file.read_text()) for file in files if file.exists()]
+    results = [whole(Path(folder) / "results.json") for folder in folders]
+    for folder, result in zip(folders, results):
+        yield result, f"there is no whole {folder}/results.json: run your schedule to its end"
+    results = [result for result in results if result]
     yield (sorted(r["seed"] for r in results) == sorted(seeds),
            f"the seeds must be {seeds}: others may have been tuned on")
     yield (all(r["data"] == "stories" and r["read"]["auc"]["n"] == 16 for r in results),

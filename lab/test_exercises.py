@@ -130,11 +130,13 @@ def test_the_open_exercise_wants_three_fresh_seeds(tmp_path):
     assert "one seed" in hint(loss={"flags": 0.72, "control": 0.7})
     assert "lowest" in hint(steer={"compose3": {"mean": 0.95, "n": 256}})
     assert "at least 256" in hint(steer={"compose3": {"mean": 0.97, "n": 20}})
+    (folders[1] / "results.json").write_text("{")
+    assert f"there is no whole {folders[1]}" in check.check("11", "ada", folders)[2]
     (folders[1] / "results.json").unlink()
-    assert f"there is no {folders[1]}" in check.check("11", "ada", folders)[2]
+    assert f"there is no whole {folders[1]}" in check.check("11", "ada", folders)[2]
     command = [sys.executable, ROOT / "exercises" / "check.py", "11", "--name", "ada", *folders]
     done = subprocess.run(command, text=True, capture_output=True)
-    assert done.returncode == 1 and f"there is no {folders[1]}" in done.stdout, done.stderr
+    assert done.returncode == 1 and f"there is no whole {folders[1]}" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("number", [str(n) for n in range(1, 12)])

@@ -12,6 +12,8 @@ def method(run, weight2=None, hold=False, once=False):
     """flags.install with another stage 2: its flag loss weighs weight2, is taken at the first flag
     position alone (hold), or the slice is written after block k alone (once)."""
     f, s = run.flags, run.size
+    if weight2 is not None and not s.weight:
+        raise D.Stop("--set weight=0 leaves no flag loss for lambda2 to weigh: other --variants")
 
     def new(step, batch):
         edit, flag_loss = flags.install(f, batch, flags.supply(s, step))
