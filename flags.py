@@ -16,7 +16,7 @@ arXiv 2602.07828. The idea:
     its slice   -----[       ]-----[       ]--f  y--[       ]--f  y--[       ]--f  y->
                                               |  ^             |  ^             |  ^
     read: flag loss (f - y)^2  <--------------+--|-------------+--|-------------+  |
-    then overwrite, in stage 2: y  --------------+----------------+----------------+
+    then overwrite, if supplied: y  -------------+----------------+----------------+
 
 `python flags.py --size small` does all of this, measures it against the base and a control that
 was finetuned by the LM loss alone, and draws. B, T, C, K, L: batch, time, channels, flags, layers.
@@ -47,13 +47,13 @@ from model import GPT, LAST, Config, fast_bfloat16, load_pretrained, optimizers
 @dataclass
 class Size:
     """What a result depends on, besides data, seed and checkpoint. --set changes any of it."""
-    flags: int = 16             # K: the first of stories and wordnet; of a .jsonl file, at most
+    flags: int = 16             # K (a .jsonl file may have fewer concepts)
     layers: int = 4             # L (a checkpoint has its own layers, heads, width and vocab)
     heads: int = 4
     width: int = 128            # C
     context: int = 128          # tokens
     stories: int = 55_000       # of the grammar; finetuning `small` takes 41,600 of them
-    vocab: int = 1008           # tokens, at most; the model has room for K more
+    vocab: int = 1008           # tokens of the tokenizer, at most
     batch: int = 64             # sequences
     base: int = 200             # steps of the base model
     produce: int = 50           # steps of stage 1
@@ -74,7 +74,7 @@ class Size:
     top: int = 0                # finetune the last `top` blocks alone; 0: everything
 
 
-SIZES = {
+SIZES = {       # for the stories; other data and checkpoints have other defaults: `prepare`
     "tiny": Size(flags=4, layers=2, heads=2, width=64, stories=16_000, vocab=512, batch=32,
                  base=150, produce=20, rely=200, lr=0.02, layer=1, prompts=128, track=24),
     "small": Size(),
@@ -91,7 +91,7 @@ class Flags:
     layer: int              # k, 1 ... L
     first: int              # flag i is channel first + i; in this file they are the last channels
     count: int              # K
-    height: float = 1.0     # a raised flag's value in the stream: Size.height * `loudness`
+    height: float = 1.0     # of a raised flag, in the stream: set in `train_all`
 
     @property
     def slice(self):
@@ -212,7 +212,7 @@ def train(run, name, model, steps, method=None):
         done["step"] += 1
         done["seconds"] += time.time() - started
         done["tokens"] += batch.idx.numel()
-        figures = f"lm {lm:.3f}" + (f"  flags {flag:.3f}" if method else "")
+        figures = f"lm {lm:.3f}" + (f"  flag loss {flag:.3f}" if method else "")
         noted = done["step"] % s.every == 0 or done["step"] in (s.produce, steps)
         if noted and name != "base":
             done["log"].append(look(run, model, step))
@@ -223,6 +223,20 @@ def train(run, name, model, steps, method=None):
         left = (steps - done["step"]) * done["seconds"] / done["step"]
         progress(f"{name:8s}{done['step']:5d}/{steps}  {figures}", left, end=noted)
     return done
+
+
+def train_all(run):
+    """The base, then the control and the flags model from it; and what `train` did for each."""
+    s, base, steps = run.size, run.base, run.size.produce + run.size.rely
+    done = {"base": train(run, "base", base.requires_grad_(True), s.base)}
+    run.flags.height = s.height * loudness(run, base)
+    if s.top:
+        base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
+    control, flagged = copy.deepcopy(base), copy.deepcopy(base)
+    method = lambda step, batch: install(run.flags, batch, supply(s, step))
+    done["control"], done["flags"] = train_together([
+        (run, "control", control, steps), (run, "flags", flagged, steps, method)])
+    return {"base": base, "control": control, "flags": flagged}, done
 
 
 def look(run, model, step):
@@ -444,6 +458,11 @@ def prepare(args):
               "these concepts apart; more examples, or fewer concepts")
     for file in [*out.glob("*.pt"), *out.glob("*.tmp"), out / "results.json"] if args.fresh else []:
         file.unlink(missing_ok=True)
+    cut = sum(row.text[-1:] != [tok.end] for row in train)
+    print(f"{sum(p.numel() for p in base.parameters()):,} parameters on {device}, {len(train):,} "
+          f"examples of {data.name} ({cut:,} cut: context={s.context}). Base {s.base} steps, "
+          f"control and flags {s.produce + s.rely}, of {s.batch} texts. Results: {out}"
+          + any(out.glob("*.pt")) * "; goes on from its *.pt files (--fresh starts over)")
     return argparse.Namespace(
         size=s, data=data, tok=tok, seed=args.seed, device=device, out=out, base=base.to(device),
         flags=Flags(s.layer, s.width - K, K), train=train, test=test[:12 * s.prompts],     # rows
@@ -477,25 +496,6 @@ def train_together(jobs):
     done = [train(*job) for job in jobs]        # if processes did it, this only loads
     torch.set_num_threads(threads)
     return done
-
-
-def train_all(run):
-    """The base, the control and the flags model, and what was done for each."""
-    s, base, steps = run.size, run.base, run.size.produce + run.size.rely
-    cut = sum(row.text[-1:] != [run.tok.end] for row in run.train)
-    print(f"{sum(p.numel() for p in base.parameters()):,} parameters on {run.device}, "
-          f"{len(run.train):,} examples of {run.data.name} ({cut:,} cut: context={s.context}). "
-          f"Base {s.base} steps, control and flags {steps}, of {s.batch} texts. Results: {run.out}"
-          + any(run.out.glob("*.pt")) * "; goes on from its *.pt files (--fresh starts over)")
-    done = {"base": train(run, "base", base.requires_grad_(True), s.base)}
-    run.flags.height = s.height * loudness(run, base)
-    if s.top:
-        base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
-    control, flagged = copy.deepcopy(base), copy.deepcopy(base)
-    method = lambda step, batch: install(run.flags, batch, supply(s, step))
-    done["control"], done["flags"] = train_together([
-        (run, "control", control, steps), (run, "flags", flagged, steps, method)])
-    return {"base": base, "control": control, "flags": flagged}, done
 
 
 def main_job(run):
