@@ -346,7 +346,7 @@ def encode(examples, tokenizer, concepts, context):
             long.append(f"{e.prompt[:30]!r} in line {e.line}".removesuffix(" in line 0"))
     if long:
         raise Stop(f"{len(long)} prompts do not fit into this model's context of {context} tokens, "
-                   f"first {long[0]}; shorten them, or --set context=...")
+                   f"first {long[0]}; shorten them, or train with --set context=...")
     return rows
 
 

@@ -351,14 +351,13 @@ def switch(run, model, texts):
 
 @torch.no_grad()
 def fluency(run, base, texts):
-    """How much less likely conflict texts are to the untouched base than real ones about the same
-    concepts (nats per token, no prompt); their distinct-2 (below) over that of the real ones."""
-    concepts = run.asked["conflict"][1].argmax(1).tolist()
+    """nll_gap: how many nats per token less likely than real ones the base finds conflict texts."""
     real = [[e.text for e in run.data.test if e.concepts == (name,)] for name in run.data.concepts]
-    pairs = [(text, real[b][i % len(real[b])]) for i, (text, b) in enumerate(zip(texts, concepts))
-             if text and real[b]][:256]
-    unprompted = [D.Example("", text, (), False) for pair in pairs for text in pair]
-    rows = D.encode(unprompted, run.tok, [], run.size.context)      # cuts real texts, as ours are
+    rows = []   # ours and a real one about the same, in turn; no prompt; cut where ours had to end
+    for i, (prompt, b, text) in enumerate(zip(*run.asked["conflict"][:2], texts)):
+        if text and (others := real[b.argmax()]) and len(rows) < 512:
+            pair = [D.Example("", t, (), False) for t in (text, others[i % len(others)])]
+            rows += D.encode(pair, run.tok, [], run.size.context + 1 - len(run.tok.prompt(prompt)))
     nll = [lm_loss(base, D.pad([row]).to(run.device)).item()
            for row in counted("measuring nll_gap, text", rows)]
     seen = [run.tok.decode([i for i in row.text if i != run.tok.end]) for row in rows]
@@ -368,7 +367,7 @@ def fluency(run, base, texts):
         return len(set(bigrams)) / max(1, len(bigrams))
     ours, theirs = distinct2(seen[::2]), distinct2(seen[1::2])
     return {"nll_gap": stat(np.subtract(nll[::2], nll[1::2])),
-            "distinct2": {"mean": ours / theirs, "low": None, "high": None, "n": len(pairs)}
+            "distinct2": {"mean": ours / theirs, "low": None, "high": None, "n": len(rows) // 2}
             if ours and theirs else None}
 
 
@@ -491,8 +490,8 @@ def train_together(jobs):
                     train(*job)
                 finally:
                     os._exit(0)     # what failed is run again by its parent, and says why
-        for job in jobs:
-            os.wait()
+        if any([os.wait()[1] for job in jobs]):
+            print("a training was killed, perhaps for want of memory: here it goes on alone")
     done = [train(*job) for job in jobs]        # if processes did it, this only loads
     torch.set_num_threads(threads)
     return done
@@ -511,7 +510,7 @@ def main_job(run):
     results = {
         "size": run.settings["size"], "data": run.data.name, "seed": run.seed,
         "prompts": run.size.prompts, "device": str(run.device), "torch": torch.__version__,
-        "commit": os.popen(f"{git} 2> /dev/null").read().strip() or None,
+        "commit": os.popen(f"{git} 2> {os.devnull}").read().strip() or None,
         "parameters": sum(p.numel() for p in base.parameters()),
         "seconds": {name: did["seconds"] for name, did in done.items()},
         "tokens_per_second": {m: did["tokens"] / (did["seconds"] or 1) for m, did in done.items()},
@@ -529,12 +528,12 @@ def main_job(run):
                                         ("conflict", [run.data.concepts[b.argmax()]]))]}
     results["seconds"] |= {"measure": time.time() - measuring, "total": time.time() - started}
     show(results)
-    write(run.out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     if run.tok.save:        # a real checkpoint: also as a folder that transformers loads
         flagged.model.save_pretrained(run.out / "model")
         run.tok.save(run.out / "model")
         (run.out / "model" / "flags.json").write_text(
             json.dumps({"concepts": run.data.concepts} | vars(run.flags)))
+    write(run.out / "results.json", lambda new: new.write(json.dumps(results, indent=1).encode()))
     draw(run, results)
     print(f"\n{results['seconds']['total']:.0f} s. Wrote results.json and erosion.png to {run.out}")
 
@@ -580,14 +579,14 @@ def draw(run, results):
     ax.axvline(run.size.produce, color="k", lw=1, label="stage 2 begins")
     ax.set(xlabel="step", ylabel="share of texts", ylim=(-0.05, 1.05))
     ax.legend(loc="center right")
-    write(run.out / "erosion.png", lambda path: ax.figure.savefig(path, dpi=120, format="png"))
+    write(run.out / "erosion.png", lambda new: ax.figure.savefig(new, dpi=120, format="png"))
 
 
 def save_checkpoint(run, file, model, opts, done):
     content = {"model": model.state_dict(), "optimizers": [opt.state_dict() for opt in opts],
                "done": done, "settings": run.settings, "flags": vars(run.flags),
                "config": vars(model.config), "merges": run.tok.merges}
-    write(file, lambda path: torch.save(content, path.open("wb", 0)))    # 0: a full disk says so
+    write(file, lambda new: torch.save(content, new))
 
 
 def load_checkpoint(run, file, model, opts):    # what was done so far
@@ -614,10 +613,11 @@ def read_checkpoint(file, settings={}):
 
 
 def write(file, save):
-    """save(path) beside the file, then rename: at every moment the old or the new one is whole."""
+    """save(open file) beside it, then rename: at every moment the old or the new one is whole."""
     beside = file.with_suffix(f".{os.getpid()}.tmp")
     try:
-        save(beside)
+        with beside.open("wb") as new:      # which says, at its close at last, if a disk is full
+            save(new)
         os.replace(beside, file)
     except (OSError, RuntimeError) as error:        # torch hides the one in the other
         raise D.Stop(f"{file} can't be written: {error.__context__ or error}; it is as it was")

@@ -105,10 +105,10 @@ def train(run, name, model, steps, method=None):
             dist.broadcast(due, 0)      # all save at the same step
         if due:
             weights, states = get_state_dict(model, opts, options=TO_SAVE)
-            F.write(file, lambda path: torch.save({
+            F.write(file, lambda new: torch.save({
                 "model": weights, "optimizers": states, "done": done, "settings": run.settings,
                 "config": vars(model.config), "flags": vars(run.flags),
-                "merges": run.tok.merges}, path))
+                "merges": run.tok.merges}, new))
             saved_at = time.time()
         F.progress(f"{name:8s}{done['step']:5d}/{steps}  lm {total[0]:.3f}  flags {total[1]:.3f}",
                    (steps - done["step"]) * done["seconds"] / done["step"], end=noted)

@@ -122,8 +122,8 @@ def test_the_cache_keeps_dtype_and_layers_apart():
 
 
 def test_a_full_disk_as_torch_tells_of_it(tmp_path):
-    def save(path):
-        path.write_bytes(b"half")
+    def save(new):
+        new.write(b"half")
         try:
             raise OSError(28, "No space left on device")
         except OSError:
@@ -190,4 +190,4 @@ def test_head_and_python_without_its_folder_and_home(tmp_path):
 
 
 def test_planted_errors_are_of_todays_code():
-    assert len(list(planted.errors())) == 55
+    assert len(list(planted.errors())) == 56

@@ -46,7 +46,7 @@ def main(p, job):
             tables.append(leaves(job(run, args)))
         if args.seeds > 1:
             summary, file = over_seeds(tables), out / f"{name}.json"
-            flags.write(file, lambda path: path.write_text(json.dumps(summary, indent=1)))
+            flags.write(file, lambda new: new.write(json.dumps(summary, indent=1).encode()))
             print(f"\n{args.seeds} seeds: mean [lowest, highest]")
             for key, row in summary.items():
                 print(f"  {key:44s}{row['mean']:8.3f}  [{row['low']:.3f}, {row['high']:.3f}]")
@@ -95,7 +95,7 @@ def main_results(run):
 
 def save(run, name, content):
     path = run.out / name
-    flags.write(path, lambda path: path.write_text(json.dumps(content, indent=1)))
+    flags.write(path, lambda new: new.write(json.dumps(content, indent=1).encode()))
     print(f"Wrote {path}")
 
 
