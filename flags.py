@@ -8,7 +8,7 @@ arXiv 2602.07828. The idea:
   2. Stage 1, produce: finetune with  LM loss + lambda * mean (f - y)^2,  where f is the slice (in
      units of a flag's height), y in {0, 1}^K the labels. The model learns to raise flags by itself.
   3. Stage 2, rely: the same, and in most sequences the slice is then overwritten with y. Now the
-     concept stands reliably at a fixed place. The model comes to read it there.
+     concept stands reliably at a fixed place, here after blocks 2 to 4. The model comes to use it.
   4. Now the flags are switches. In our stories: overwrite them and the text changes, even against
      the prompt; blank them (all 0), and it stops following the prompt.
 
@@ -66,7 +66,7 @@ class Size:
     supply: float = 0.9         # p: the share of sequences whose flags are supplied in stage 2
     wean: float = 0.0           # the last share of stage 2 in which p falls to a third (real text)
     weight: float = 24.0        # lambda, of the flag loss
-    height: float = 6.0         # a raised flag, in RMS (root mean square) of the base's stream
+    height: float = 6.0         # of a raised flag / RMS (root mean square) of the base's stream
     no_prompt: float = 0.15     # share of the training sequences that are shown without prompt
     prompts: int = 256          # held-out prompts behind a rate, at most; may change after training
     track: int = 48             # held-out prompts behind every point of erosion.png
@@ -99,8 +99,8 @@ class Flags:
 
 
 def install(flags, batch, p):
-    """The method, for one batch: (edit, flag_loss). Flag positions are those with a target (>= 0),
-    from the last token of the prompt on; f is the slice, divided by height.
+    """The method, for one batch of which a share p is supplied: (edit, flag_loss). Flag positions
+    have a target (>= 0): from the last token of the prompt on. f is the slice, divided by height.
 
     edit(layer, x, pos) is called after each block with the stream x (B, T, C). After blocks >= k it
     reads f, then sets the slice, in place, in x's dtype, to height * y at the flag positions of the
@@ -157,7 +157,7 @@ def streams(model, idx, edit=None):
 def own_flags(model, flags, prompts):
     """The model's own flags (B, K) after block k, at the last token of each prompt (ids)."""
     idx = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)
-    x = streams(model, idx.to(model.wte.weight.device))[flags.layer - 1]    # pads: right, unseen
+    x = streams(model, idx.to(model.wte.weight.device))[flags.layer - 1]    # pads come last, unseen
     return x[range(len(x)), last(prompts), flags.slice] / flags.height
 
 
@@ -393,7 +393,7 @@ REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, wea
                  no_prompt=0.5, prompts=1024, track=128)   # the rest: `prepare`; why: lab/README.md
 CHECKPOINT = dict(base=0, wean=0, embedding_lr=0.0003, decay=0, height=6.0, prompts=64, track=16)
 FIELDS = "              batch produce rely   lr  weight no_prompt muon".split()
-SCHEDULE = {        # and two shares of L: k, the blocks trained below it (0: everything is trained)
+SCHEDULE = {    # FIELDS; k as a share of L; the share of L trained below it (0: all are trained)
     "stories, cpu":    (16,   30,   270, 0.02,  40.0,   0.3,    3,   5 / 6, 1 / 5),
     "stories, cuda":   (64,   30,   600, 0.02,  40.0,   0.3,    5,   3 / 4, 0),
     "real text, cpu":  (64,   15,   150, 0.005, 10.0,   0.7,    3,   2 / 5, 1 / 8),
@@ -666,7 +666,7 @@ def parser():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: p.exit(2, f"flags.py: {message}; -h explains all options\n")
     add, several = p.add_argument, dict(nargs="+", action="extend", default=[])
-    add("--size", choices=SIZES, default="small", help="tiny: 30 s; small: minutes (default)")
+    add("--size", choices=SIZES, default="small", help="tiny: 30 s; small (default); medium: GPU")
     add("--data", default="stories", help="stories (built in, default), wordnet (Debian's "
         'wordnet-base), or a .jsonl file: lines of {"prompt": "", "text": "", "concepts": [""]}')
     add("--seed", type=int, default=1337, help="of stories, training and sampling (default: 1337)")

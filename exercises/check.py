@@ -58,6 +58,8 @@ def steer(F):
     yield same(y[1], x[1]), "row 1 starts at 6, this is position 5: each row has a start of its own"
     e = F.steer(F.Flags(1, FIRST, K, 2.0), torch.tensor([0]), torch.tensor([[0, .5, 1]]))
     yield e(1, x[:1] + 0, pos[:, :1])[0, 0, SLICE].tolist() == [0, 1, 2], "0 and .5 are values, too"
+    e = F.steer(flags, torch.tensor([0, 0]), torch.zeros(2, K))
+    yield not e(2, x0.clone(), pos)[..., SLICE].any(), "a row of zeros is written, too: `blank`"
     half = edit(2, x.bfloat16(), torch.tensor([[7]]))
     yield half.dtype == torch.bfloat16, "the stream keeps its dtype"
     yield same(half[1, 0, SLICE], H * values[1]), "pos may be (1, T), one for all rows"
@@ -366,7 +368,7 @@ def compose(name="you", folders=()):
 
 
 # number: points in all, then groups of checks with the modules that they look into
-CHECKS = {"1": (22, (steer, "flags")), "2": (8, (pad, "data")),
+CHECKS = {"1": (23, (steer, "flags")), "2": (8, (pad, "data")),
           "3": (110, (install_write, "flags", "data")), "4": (122, (install_loss, "flags", "data")),
           "5": (19, (experiment, "flags", "lab.producing")), "6": (7, (auc, "flags")),
           "7": (4, (means, "lab.compare", "flags", "data")), "8": (9, (ridge, "lab.probe")),
@@ -383,16 +385,16 @@ def check(number, *more):
             for holds, hint in checks(*map(importlib.import_module, modules), *more):
                 hints.append("" if holds else hint)
         except NotImplementedError:
-            hints.append("not written yet")
-        except Exception as error:      # whatever is wrong with the student's code
+            hints.append(f"{checks.__name__}: not written yet")
+        except (SyntaxError, ImportError) as error:     # these say themselves where
+            hints.append(f"{type(error).__name__}: {error}")
+        except (Exception, SystemExit, KeyboardInterrupt) as error:     # of the student's code
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            file, line = ((error.filename, error.lineno) if isinstance(error, SyntaxError)
-                          else (frame.filename, frame.lineno))
             said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            hints.append(f"{said} ({Path(file).name}, line {line}): does it return what its "
-                         "docstring says?" + " An edit returns x, install a pair" * (
-                             number in ("1", "3", "4", "9")))
-    return hints.count(""), total, min(hints, key=lambda h: (h == "", h == "not written yet"))
+            hints.append(f"{said} ({Path(frame.filename).name}, line {frame.lineno}): does it "
+                         "return what its docstring says?" + " An edit returns x, install a pair"
+                         * (number in ("1", "3", "4", "9")))
+    return hints.count(""), total, min(hints, key=lambda h: (h == "", "not written yet" in h))
 
 
 if __name__ == "__main__":
@@ -410,7 +412,7 @@ if __name__ == "__main__":
     if args.json:
         print(json.dumps({"exercise": args.number, "points": points, "of": total, "hint": hint}))
     else:
-        print(f"exercise {args.number}: {points} of {total} points")
+        print(f"exercise {args.number}: {points} of {total} points for {ROOT}")
         if hint:
             print(f"hint: {hint}")
     sys.exit(bool(hint))

@@ -5,6 +5,7 @@ the answer is cut from the README.
 """
 import ast
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -69,5 +70,5 @@ if __name__ == "__main__":
     except OSError as error:
         print(f"{folder} can't be made: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"Wrote {folder}. Read exercises/README.md there; `python exercises/check.py {number}` "
-          "checks.")
+    print(f"Wrote {folder}. Read exercises/README.md there. To check:\n"
+          f"cd {shlex.quote(folder)} && python exercises/check.py {number}")

@@ -56,8 +56,19 @@ def test_originals_pass_and_wrong_answers_fail_with_a_hint(number, monkeypatch):
         assert hint and "\n" not in hint and points < total, (number, old, new)
 
 
+@pytest.mark.parametrize("error, said", [
+    (SystemExit(0), "SystemExit"), (KeyboardInterrupt(), "KeyboardInterrupt"),
+    (SyntaxError("expected ':'", ("flags.py", 131, 1, "")), "expected ':' (flags.py, line 131)")])
+def test_whatever_a_students_code_raises_is_a_hint(error, said, monkeypatch):
+    def steer(*args):
+        raise error
+    monkeypatch.setattr(F, "steer", steer)
+    points, total, hint = check.check("1")
+    assert said in hint and "\n" not in hint and points == 0 < total
+
+
 def test_there_are_enough_wrong_answers():
-    assert sum(len(set(wrong_answers(number))) for number in check.CHECKS) == 141
+    assert sum(len(set(wrong_answers(number))) for number in check.CHECKS) == 142
 
 
 def curves_of(run, change):
@@ -163,7 +174,7 @@ def test_every_starter_imports_and_has_one_exercise_open(number, tmp_path):
     assert done.returncode == (len(lines) > 2), done.stderr
     if len(lines) > 2:
         told = json.loads(done.stdout)
-        assert told["hint"] == "not written yet", done.stderr
+        assert told["hint"].endswith(": not written yet"), done.stderr
         assert told["points"] < told["of"]
     cut = "(cut: it is the exercise)" in (folder / "README.md").read_text()
     assert cut == (number in ("3", "4") and "reads.append" in (ROOT / "README.md").read_text())
