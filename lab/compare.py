@@ -34,27 +34,31 @@ def shuffled(method, seed):
     return new
 
 
-def with_control_tokens(run, rows):
+def with_control_tokens(run):
     """Conditional training (Keskar et al. 2019): a token for each concept stands behind the prompt,
-    shown or not, in as many rows as have their flags supplied in stage 2. Whose prompt is not shown
-    is chosen here, since the token has to stay. rows: those of all epochs."""
-    first, chance, s = run.tok.n_vocab, random.Random(run.seed), run.size
+    shown or not, where flags are supplied in stage 2 (in stage 1, too). Returns a run whose texts
+    begin with these tokens, and a method that takes them out elsewhere; none is to be predicted."""
+    first, s = run.tok.n_vocab, run.size
 
     def told(row):
-        prompt = row.prompt[:1] if chance.random() < s.no_prompt else row.prompt
         tokens = [first + i for i, on in enumerate(row.label) if on]
-        if chance.random() >= s.supply * (1 - 2 / 3 * s.wean):
-            tokens = []
-        room = s.context + 1 - len(prompt) - len(tokens)
-        return row._replace(prompt=prompt + tokens, text=row.text[:room]) if room > 0 else row
-    return [told(row) for row in rows]
+        room = s.context + 1 - len(row.prompt) - len(tokens)
+        return row._replace(text=tokens + row.text[:room]) if room > 0 else row
+
+    def method(step, batch):
+        free = batch.draw[:, None] >= F.supply(s, max(step, s.produce))
+        for x, fill in ((batch.idx, run.tok.end), (batch.targets, -100)):
+            out = free & (x >= first)       # becomes padding, at the end
+            x[:] = x.masked_fill(out, fill).gather(1, out.int().argsort(dim=1, stable=True))
+        batch.targets[batch.targets >= first] = -100
+        return None, lambda: torch.zeros(())
+    return tools.change(run, train=[told(row) for row in run.train]), method
 
 
 def by_control_token(run):
-    def by(ids, values):
-        new = [[run.tok.n_vocab + i for i, on in enumerate(raised) if on] for raised in values]
-        return [(row + tokens)[-run.size.context:] for row, tokens in zip(ids, new)], None
-    return by
+    tokens = lambda raised: [run.tok.n_vocab + i for i, on in enumerate(raised) if on]
+    return lambda ids, values: (
+        [(row + tokens(raised))[-run.size.context:] for row, raised in zip(ids, values)], None)
 
 
 @torch.no_grad()
@@ -126,16 +130,13 @@ def job(run, args):
     base, control, flagged = F.train_all(run)[0].values()
     method = lambda step, batch: F.install(run.flags, batch, F.supply(s, step))
     stage1 = lambda step, batch: F.install(run.flags, batch, 0.0)
-    told = tools.change(run, size=dataclasses.replace(s, no_prompt=0.0),
-                  train=with_control_tokens(run, run.train * -(-steps * s.batch // len(run.train))))
     trained = {"routing": (run, route(run)), "shuffled": (run, shuffled(method, run.seed)),
-               "stage1": (run, stage1), "token": (told, None)}
+               "stage1": (run, stage1), "token": with_control_tokens(run)}
     if s.top or base.config.vocab_size < run.tok.n_vocab + K:
         print("no control token: embeddings are frozen (--set top=0), or have no room for new ones")
         del trained["token"]
     new = {name: copy.deepcopy(base) for name in trained}
-    F.train_together([(r, name, new[name], steps, *([how] if how else []))
-                      for name, (r, how) in trained.items()])
+    F.train_together([(r, name, new[name], steps, how) for name, (r, how) in trained.items()])
 
     others = tools.change(run, flags=dataclasses.replace(run.flags, first=0))
     arms = {"flags": row(run, flagged, base),
@@ -173,8 +174,7 @@ def draw(run, arms, curves):
     """Conflict against fluency: a point for each arm with its name, a line over strengths."""
     from matplotlib.figure import Figure
     place = lambda figures: [figures[key]["mean"] for key in ("nll_gap", "conflict")]
-    fig, ends, last = Figure((8, 5), layout="constrained"), {}, {}
-    ax = fig.subplots()
+    ax, ends, last = Figure((8, 5), layout="constrained").subplots(), {}, {}
     for name, curve in curves.items():
         points = [(a, *place(figures)) for a, figures in curve.items() if figures["nll_gap"]]
         ax.plot([x for _, x, _ in points], [y for *_, y in points], color="0.6", lw=1, zorder=1)
@@ -192,7 +192,7 @@ def draw(run, arms, curves):
     ax.set(xlabel="nll_gap: how much less likely than real text (nats per token)",
            ylabel="conflict: the text follows the flags", ylim=(-0.07, 1.1),
            xlim=(-0.3, 1.35 * max(ends.values(), default=1)), title="steering against the prompt")
-    fig.savefig(run.out / "compare.png", dpi=120)
+    ax.figure.savefig(run.out / "compare.png", dpi=120)
     print(f"Wrote {run.out / 'compare.png'}")
 
 

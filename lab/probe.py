@@ -100,7 +100,7 @@ def material(run, n, m=500):
 
 def read(run, model, n):
     """What probes read: of n training examples. Views: flags clamped to their mean, or set to
-    another concept. dealt: random labels of the cue words, for selectivity."""
+    another concept. dealt: random labels of the stories' cue words, for selectivity."""
     K, found = len(run.data.concepts), {}
     parts, (y, y_test), clamped = material(run, n)
     words = sorted({word for part in parts for _, _, word, _ in part})
@@ -116,7 +116,7 @@ def read(run, model, n):
                 a, b = x[where][:, layer], x_test[where][:, layer]
                 figures = found.setdefault(f"{where}, block {layer + 1}", {})
                 figures[view] = hits(ridge, a, y, b, y_test, K)
-                if view == "clamped":
+                if view == "clamped" and run.data.words:
                     figures["dealt"] = hits(ridge, a, dealt, b, dealt_test, K)
             figures["mlp, " + view] = hits(mlp, a, y, b, y_test, K)         # after the last block
     return found
@@ -134,13 +134,13 @@ def study(run, model):
     x = activations(run, model, part, torch.zeros(len(part), K))["prompt's end"]
     x, y = x[:, run.flags.layer - 1], torch.tensor([concept for _, concept, *_ in part])
     means = torch.stack([x[y == k].mean(0) for k in y.unique()])
+    torch.manual_seed(run.seed)
+    prompts, values, score = run.asked["blank"]     # values: only for `by` to be called
     for name, directions in (("concept removed", (means - means.mean(0))[1:].T),
                              ("as many removed at random", torch.randn(x.size(1), len(means) - 1))):
-        prompts, values, score = run.asked["blank"]
         texts = flags.continue_texts(run, model, prompts, values, lambda ids, values: (
             ids, remove(run, directions.to(run.device), flags.last(ids))))
         rates[name] = flags.stat(score(text, i) for i, text in enumerate(run.judge(texts)))
-    prompts, values, score = run.asked["blank"]     # values: only for `by` to be called
     texts = flags.continue_texts(run, model, prompts, values, held(run, model))
     rates["intact, held"] = flags.stat(score(text, i) for i, text in enumerate(run.judge(texts)))
     rates["exact"] = flags.reading(run, model)["exact"]

@@ -52,27 +52,31 @@ def test_shuffled_labels_keep_their_number_and_lose_their_rows():
 
 
 def test_control_tokens_stand_behind_the_prompt(run):
-    row, n = D.Row([1, 2], [3], (0.0, 1.0) + (0.0,) * 14), run.tok.n_vocab
-    with_size = lambda **sizes: change(run, size=dataclasses.replace(run.size, **sizes))
-    rows = compare.with_control_tokens(with_size(supply=0.7, no_prompt=0.0), [row] * 2000)
-    told = sum(r.prompt == [1, 2, n + 1] for r in rows)
-    assert told + sum(r.prompt == [1, 2] for r in rows) == 2000
-    assert told / 2000 == pytest.approx(0.7, abs=0.06)      # 6 standard errors
-    rows = compare.with_control_tokens(with_size(supply=1.0, no_prompt=0.3), [row] * 2000)
-    # the prompt goes, the token stays
-    assert {tuple(r.prompt) for r in rows} == {(1, n + 1), (1, 2, n + 1)}
-    assert np.mean([len(r.prompt) == 2 for r in rows]) == pytest.approx(0.3, abs=0.06)
-    half = with_size(supply=0.9, no_prompt=0.0, wean=0.5, rely=4)     # the second half: 0.3
-    rows = compare.with_control_tokens(half, [row] * 2000)
-    assert np.mean([len(r.prompt) == 3 for r in rows]) == pytest.approx(0.6, abs=0.06)
+    row, n = D.Row([1, 2], [3, 4, 5], (0.0, 1.0, 1.0) + (0.0,) * 13), run.tok.n_vocab
+    size = dataclasses.replace(run.size, supply=0.7, wean=0.5, produce=2, rely=4)
+    told, tell = compare.with_control_tokens(change(run, size=size, train=[row] * 4))
+
+    def seen(step, draw, no_prompt=0.0):    # what a sequence with this draw reads and predicts
+        batch = D.batch(told.train, step, 4, 0, no_prompt)._replace(draw=torch.full((4,), draw))
+        assert tell(step, batch)[0] is None
+        return [(i, t) for i, t in zip(batch.idx[0].tolist(), batch.targets[0].tolist())][:6]
+    shown = [(1, -100), (2, -100), (n + 1, -100), (n + 2, 3), (3, 4), (4, 5)]
+    out, pad = [(1, -100), (2, 3), (3, 4), (4, 5)], (1, -100)
+    assert seen(0, 0.6) == seen(3, 0.6) == shown        # stage 1, and the first half of stage 2
+    assert seen(0, 0.8) == seen(3, 0.8) == out + [pad, pad]
+    assert seen(4, 0.6) == out + [pad, pad] and seen(4, 0.2) == shown      # supply falls to a third
+    assert seen(0, 0.6, no_prompt=1.0)[:5] == [(1, -100), *shown[2:]]      # the token stays
+    plain = D.batch([row] * 4, 0, 4, 0)     # the loss is over the same tokens, told or not
+    assert [t for _, t in shown if t >= 0] == plain.targets[plain.targets >= 0][:3].tolist()
+
     by, values = compare.by_control_token(run), torch.tensor([row.label])
-    assert by([[9]], values) == ([[9, n + 1]], None)
-    always, full = with_size(supply=1.0, no_prompt=0.0), D.Row([1] * 100, [3] * 29, row.label)
-    wanted = D.Row([1] * 100 + [n + 1], [3] * 28, row.label)
-    assert compare.with_control_tokens(always, [full]) == [wanted]
-    full = D.Row([1] * 128, [3], row.label)                 # it fills the context: there is no room
-    assert compare.with_control_tokens(always, [full]) == [full]
-    assert by([full.prompt], values) == ([[1] * 127 + [n + 1]], None)
+    assert by([[9]], values) == ([[9, n + 1, n + 2]], None)
+    full = D.Row([1] * 100, [3] * 29, row.label)
+    cut = lambda row: compare.with_control_tokens(change(run, train=[row]))[0].train
+    assert cut(full) == [full._replace(text=[n + 1, n + 2] + [3] * 27)]
+    full = D.Row([1] * 128, [3], row.label)             # it fills the context: there is no room
+    assert cut(full) == [full]
+    assert by([full.prompt], values) == ([[1] * 126 + [n + 1, n + 2]], None)
 
 
 def test_difference_of_means_by_hand(monkeypatch):
@@ -154,9 +158,9 @@ def test_the_comparison_measures_each_arm_by_its_model(run, tmp_path, monkeypatc
     assert kept == main_results | {"compare": kept["compare"]}
     trained = {name: (r, steps) for r, name, _, steps, *_ in jobs}
     assert {steps for _, steps in trained.values()} == {run.size.produce + run.size.rely}
-    assert trained["token"][0].train is not run.train and trained["token"][0].size.no_prompt == 0
+    assert trained["token"][0].train is not run.train
     methods = {name: more for _, name, _, _, *more in jobs}
-    assert methods["token"] == []
+    assert len(methods["token"]) == 1
     batch = batch_of([[-100, 1, 1, 1]], [[1.0] * 16])
     for name, supplied in (("stage1", False), ("shuffled", True)):
         x = methods[name][0](run.size.produce, batch)[0](1, torch.zeros(1, 4, 64), None)
