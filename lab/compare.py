@@ -19,10 +19,10 @@ STRENGTHS = (2.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0, 32.0)
 
 def row(run, model, base, by=None):
     """The figures that every baseline has; by: another way to say what to write about."""
+    rate = lambda name, by=None: F.ask(run, model, name, by=by)[1]
     texts, conflict = F.ask(run, model, "conflict", by=by)
-    return {"neutral": F.ask(run, model, "neutral", by=by)[1], "conflict": conflict,
-            "intact": F.ask(run, model, "intact")[1],
-            "blank": None if by else F.ask(run, model, "blank")[1],
+    return {"neutral": rate("neutral", by), "supplied": rate("supplied", by), "conflict": conflict,
+            "intact": rate("intact"), "blank": None if by else rate("blank"),
             "loss": F.held_out(run, model, run.test)[0]} | F.fluency(run, base, texts)
 
 
@@ -160,7 +160,7 @@ def job(run, args):
         best = max(STRENGTHS, key=lambda a: min(0.95, rate(a)))     # the weakest that reaches .95
         arms[name] = curves[name][best] | {"strength": best}
 
-    columns = ("neutral", "conflict", "intact", "blank", "nll_gap", "loss")
+    columns = ("neutral", "supplied", "conflict", "intact", "blank", "nll_gap", "loss")
     print("\n" + " " * 22 + "".join(f"{column:>10s}" for column in columns))
     for name, figures in arms.items():
         cells = [x["mean"] if isinstance(x, dict) else x for x in map(figures.get, columns)]

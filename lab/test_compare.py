@@ -175,6 +175,7 @@ def test_a_row_of_the_table(monkeypatch):
     monkeypatch.setattr(F, "fluency", lambda run, model, texts: {"nll_gap": (model, texts)})
     for by, blank in (("way", None), (None, ("model", "blank", None))):
         assert compare.row(run, "model", "base", by) == {
-            "neutral": ("model", "neutral", by), "conflict": ("model", "conflict", by),
-            "intact": ("model", "intact", None), "blank": blank, "loss": ("model", [1, 2, 3]),
+            "neutral": ("model", "neutral", by), "supplied": ("model", "supplied", by),
+            "conflict": ("model", "conflict", by), "intact": ("model", "intact", None),
+            "blank": blank, "loss": ("model", [1, 2, 3]),
             "nll_gap": ("base", [("model", "conflict"), by])}
