@@ -191,7 +191,7 @@ def draw(run, arms, curves):
         ax.annotate(name, (x, y), xytext=(ends.get(name, x) + 0.1, height), fontsize=9, va="center")
     ax.set(xlabel="nll_gap: how much less likely than real text (nats per token)",
            ylabel="conflict: the text follows the flags", ylim=(-0.07, 1.1),
-           xlim=(-0.3, 1.35 * max(ends.values(), default=1)), title="steering against the prompt")
+           xlim=(min([-0.3, *(x - 0.1 for (_, x), _ in points)]), 1.35 * max([1, *ends.values()])))
     ax.figure.savefig(run.out / "compare.png", dpi=120)
     print(f"Wrote {run.out / 'compare.png'}")
 
