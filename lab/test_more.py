@@ -190,4 +190,4 @@ def test_head_and_python_without_its_folder_and_home(tmp_path):
 
 
 def test_planted_errors_are_of_todays_code():
-    assert len(list(planted.errors())) == 56
+    assert len(list(planted.errors())) == 58
