@@ -23,7 +23,6 @@ was finetuned by the LM loss alone, and draws. B, T, C, K, L: batch, time, chann
 """
 import argparse
 import copy
-import ctypes
 import json
 import os
 import random
@@ -31,7 +30,6 @@ import re
 import shutil
 import sys
 import time
-import warnings
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -233,9 +231,9 @@ def train_all(run):
     if s.top:
         base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
     control, flagged = copy.deepcopy(base), copy.deepcopy(base)
+    done["control"] = train(run, "control", control, steps)
     method = lambda step, batch: install(run.flags, batch, supply(s, step))
-    done["control"], done["flags"] = train_together([
-        (run, "control", control, steps), (run, "flags", flagged, steps, method)])
+    done["flags"] = train(run, "flags", flagged, steps, method)
     return {"base": base, "control": control, "flags": flagged}, done
 
 
@@ -404,9 +402,6 @@ MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt
 
 def prepare(args):
     """A run: all that the functions above share, as the command line settles it."""
-    if sys.platform == "linux" and not args.init:   # malloc keeps what it frees: 5 to 25 % faster
-        ctypes.CDLL(None).mallopt(-4, 0)            # M_MMAP_MAX: no block has a mapping of its own
-        ctypes.CDLL(None).mallopt(-1, 1 << 30)      # M_TRIM_THRESHOLD: 1 GB
     s, out, kinds = SIZES[args.size], out_folder(args), Size.__annotations__
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -475,26 +470,6 @@ def out_folder(args):       # where results go, and where --steer looks for them
     parts = [args.size, args.init and Path(args.init).absolute().name.removesuffix(".gguf"),
              Path(args.data).stem * (args.data != "stories")]
     return Path(args.out or "out/" + "-".join(filter(None, parts)))
-
-
-def train_together(jobs):
-    """train(*job) for each job; returns what each did. On Linux without GPU in parallel: faster."""
-    threads = torch.get_num_threads()
-    if sys.platform == "linux" and jobs[0][0].device.type == "cpu" and threads > 1:
-        torch.set_num_threads(1)        # more would hang after a fork
-        for job in jobs:
-            warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)     # since Python 3.12
-            if os.fork() == 0:                                  # the child, which
-                ctypes.CDLL(None).prctl(1, 9)       # PR_SET_PDEATHSIG, SIGKILL: ends with us
-                try:
-                    train(*job)
-                finally:
-                    os._exit(0)     # what failed is run again by its parent, and says why
-        if any([os.wait()[1] for job in jobs]):
-            print("a training was killed, perhaps for want of memory: here it goes on alone")
-    done = [train(*job) for job in jobs]        # if processes did it, this only loads
-    torch.set_num_threads(threads)
-    return done
 
 
 def main_job(run):

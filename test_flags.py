@@ -554,31 +554,6 @@ def test_neither_measuring_nor_dying_anywhere_changes_a_bit(prepared, tmp_path, 
     assert equal(again, whole) and deaths == 16
 
 
-def test_trainings_side_by_side_are_those_one_by_one(prepared, tmp_path, monkeypatch):
-    """Two forked processes, one of them killed: weights and logs are those of one process."""
-    here, real, results = os.getpid(), D.batch, []
-
-    def batch(rows, step, *args):
-        if os.getpid() != here:
-            assert torch.get_num_threads() == 1         # more hang after a fork
-            if step == 7 and not (tmp_path / "killed").exists():
-                (tmp_path / "killed").touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-        return real(rows, step, *args)
-    monkeypatch.setattr(D, "batch", batch)
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        run = change(prepared, out=tmp_path / str(threads))
-        run.out.mkdir()
-        jobs = [(run, name, copy.deepcopy(run.base), 10) for name in ("one", "other")]
-        logs = [done["log"] for done in F.train_together(jobs)]
-        results.append((logs, [model.state_dict() for _, _, model, _ in jobs]))
-    torch.set_num_threads(1)
-    (logs, weights), (forked_logs, forked_weights) = results
-    assert (tmp_path / "killed").exists() and logs == forked_logs
-    assert all(map(equal, weights, forked_weights))
-
-
 def test_rates_rise_and_fall_and_matrices_go_to_muon(prepared, tmp_path, monkeypatch):
     seen, made, asked, batch = [], [], [], D.batch
 
@@ -676,16 +651,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 # ---------------------------------------------------------------------------- a whole run
 
 @pytest.fixture(scope="module")
-def forks():
-    """Trainings run side by side, as on two cores, but no process has a second thread."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: 2)
-        patch.setattr(torch, "set_num_threads", lambda n: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, forks):
+def finished(tmp_path_factory):
     """A whole `--size tiny` run, shorter and half as much measured: its results and models."""
     run = prepare("--out", tmp_path_factory.mktemp("finished"), "--set", "base=120", "rely=150",
                   "context=64", "stories=10000", "prompts=64", "track=8", "every=1000")
@@ -770,7 +736,7 @@ QUICK = ["--size", "tiny", "--set", "base=6", "produce=2", "rely=24", "context=4
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory, forks):
+def quick(tmp_path_factory):
     """The folder of a short run, by its command."""
     out = tmp_path_factory.mktemp("quick")
     assert F.main(["--out", str(out), *QUICK]) is None
@@ -803,7 +769,7 @@ def test_the_same_command_again_only_measures_and_fresh_starts_over(quick, tmp_p
 
 
 def test_killed_for_real_the_same_command_goes_on_to_the_same_files(quick, tmp_path):
-    """kill -9 while both trainings are on their way; they end with their parent."""
+    """kill -9 in the middle of the flags' training."""
     command, (read, write) = ["--out", str(tmp_path), *QUICK], os.pipe()
     child = os.fork()
     if child == 0:
@@ -818,7 +784,7 @@ def test_killed_for_real_the_same_command_goes_on_to_the_same_files(quick, tmp_p
         os.kill(child, signal.SIGKILL)
         assert "Wrote" not in lines.read()      # its end: nobody writes any more
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert checkpoints(tmp_path).keys() == {"base.pt"}
+    assert checkpoints(tmp_path).keys() == {"base.pt", "control.pt"}
     assert F.main(command) is None
     assert results(tmp_path) == results(quick)
 

@@ -136,8 +136,8 @@ def job(run, args):
         print("no control token: embeddings are frozen (--set top=0), or have no room for new ones")
         del trained["token"]
     new = {name: copy.deepcopy(base) for name in trained}
-    F.train_together([(r, name, new[name], steps, how) for name, (r, how) in trained.items()])
-
+    for name, (r, how) in trained.items():
+        F.train(r, name, new[name], steps, how)
     others = tools.change(run, flags=dataclasses.replace(run.flags, first=0))
     arms = {"flags": row(run, flagged, base),
             "no steering": row(run, control, base, lambda ids, values: (ids, None)) | {

@@ -167,9 +167,9 @@ def job(run, args):
         run.base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
     names = ["control", *args.variants]
     models = {name: copy.deepcopy(run.base) for name in names}
-    done = flags.train_together([
-        (run, f"probe-{name.replace(' ', '-')}", models[name], s.produce + s.rely,
-         *([method(run, **VARIANTS[name])] if name in VARIANTS else [])) for name in names])
+    done = [flags.train(run, f"probe-{name.replace(' ', '-')}", models[name], s.produce + s.rely,
+                        method(run, **VARIANTS[name]) if name in VARIANTS else None)
+            for name in names]
     table = {name: study(run, models[name]) | {"log": did["log"]} for name, did in zip(names, done)}
     for name, figures in table.items():
         rates = figures["rates"] | {f"read {key}": figures["probes"][f"{key}, block {s.layers}"][

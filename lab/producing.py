@@ -21,14 +21,14 @@ def experiment(run):
     run.flags.height = s.height * F.loudness(run, run.base)
     if s.top:
         run.base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
-    jobs = [(run, "control", copy.deepcopy(run.base), steps)]
+    logs = {"control": F.train(run, "control", copy.deepcopy(run.base), steps)["log"]}
     for p in (0.0, 1.0):
         size = dataclasses.replace(s, supply=p, wean=0.0)
         r = change(run, size=size, settings=run.settings | vars(size))
-        jobs.append((r, f"p{p:.0f}", copy.deepcopy(run.base), steps,
-                     lambda step, batch, r=r: F.install(r.flags, batch, F.supply(r.size, step))))
-    logs = [done["log"] for done in F.train_together(jobs)]
-    return dict(zip(("control", "p = 0", "p = 1"), logs))
+        method = lambda step, batch: F.install(r.flags, batch, F.supply(r.size, step))
+        done = F.train(r, f"p{p:.0f}", copy.deepcopy(run.base), steps, method)
+        logs[f"p = {p:.0f}"] = done["log"]
+    return logs
 
 
 def job(run, args):

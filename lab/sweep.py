@@ -68,12 +68,11 @@ def job(run, args):
         variant(run, args.name, value)
     models, _ = F.train_all(run)
     theirs = F.held_out(run, models["control"], run.test)[0]
-    runs = [variant(run, args.name, value) for value in args.values]
-    jobs = [(r, f"{args.name}-{value}", copy.deepcopy(models["base"]), r.size.produce + r.size.rely,
-             lambda step, batch, r=r: F.install(r.flags, batch, F.supply(r.size, step)))
-            for r, value in zip(runs, args.values)]
     rows, kinds = [], ("conflict", "neutral", "intact", "blank")
-    for value, (r, _, model, *_), did in zip(args.values, jobs, F.train_together(jobs)):
+    for value in args.values:
+        r, model = variant(run, args.name, value), copy.deepcopy(models["base"])
+        method = lambda step, batch: F.install(r.flags, batch, F.supply(r.size, step))
+        did = F.train(r, f"{args.name}-{value}", model, r.size.produce + r.size.rely, method)
         loss = F.held_out(r, model, r.test)[0]
         rates = {key: F.ask(r, model, key)[1] for key in kinds}
         if args.name != "fenced":

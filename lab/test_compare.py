@@ -118,10 +118,9 @@ def test_the_comparison_measures_each_arm_by_its_model(run, tmp_path, monkeypatc
     def train_all(run):
         return {name: named(name) for name in ("base", "control", "flags")}, None
 
-    def train_together(these):
-        for _, name, model, *_ in these:
-            model.name = name
-        jobs.extend(these)
+    def train(run, name, model, steps, method):
+        model.name = name
+        jobs.append((run, name, model, steps, method))
 
     def row(run, model, base, by=None):
         return {"model": model.name, "base": base.name, "first": run.flags.first,
@@ -134,7 +133,7 @@ def test_the_comparison_measures_each_arm_by_its_model(run, tmp_path, monkeypatc
     monkeypatch.setattr(tools, "main_results", lambda run: main_results)
     monkeypatch.setattr(F, "train_all", train_all)
     monkeypatch.setattr(compare.copy, "deepcopy", lambda model: named(f"new from {model.name}"))
-    monkeypatch.setattr(F, "train_together", train_together)
+    monkeypatch.setattr(F, "train", train)
     monkeypatch.setattr(compare, "means", lambda run, model: model.name)
     monkeypatch.setattr(compare, "by_replacing", lambda run, model, d: lambda a: (d, a))
     monkeypatch.setattr(compare, "draw", lambda *args: None)
