@@ -117,7 +117,7 @@ def install(flags, batch, p):
             x[..., flags.slice] = torch.where(supply_mask, flags.height * y.to(x.dtype), own)
         return x
 
-    def flag_loss():
+    def flag_loss():            # y (B, 1, K) is the same for all blocks and positions
         errors = (torch.stack(reads) - y)[:, on]        # (L - k + 1, N, K), of N flag positions
         return errors.square().mean()
     return edit, flag_loss
@@ -148,14 +148,14 @@ def streams(model, idx, edit=None):
     def spy(layer, x, pos):
         seen.append(edit(layer, x, pos) if edit else x)
         return seen[-1]
-    model(idx, spy, at=LAST)    # the logits are not needed
+    model(idx, spy, at=LAST)    # logits of the last position alone: they are not needed
     return [x.float() for x in seen]
 
 
 def own_flags(model, flags, prompts):
     """The model's own flags (B, K) after block k, at the last token of each prompt (ids)."""
     idx = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)
-    x = streams(model, idx.to(model.wte.weight.device))[flags.layer - 1]    # pads come last, unseen
+    x = streams(model, idx.to(model.wte.weight.device))[flags.layer - 1]    # no token sees the pads
     return x[range(len(x)), last(prompts), flags.slice] / flags.height
 
 
@@ -167,7 +167,7 @@ def supply(s, step):
     return 0.0 if step < s.produce else stage2
 
 
-def loudness(run, base):
+def stream_rms(run, base):
     """RMS of the base's stream after block k, at flag positions: what Size.height counts in."""
     batch = D.batch(run.train, 0, 16, run.seed).to(run.device)
     x = streams(base, batch.idx)[run.flags.layer - 1]
@@ -189,7 +189,8 @@ def train(run, name, model, steps, method=None):
     s, file = run.size, run.out / f"{name}.pt"
     opts = optimizers(model, s.lr, s.embedding_lr, s.decay, s.muon)     # Muon and AdamW
     done = load_checkpoint(run, file, model, opts)
-    saved_at, warm = time.time(), min(20, steps // 10 + 1)
+    saved_at = time.time()
+    warm = min(20, steps // 10 + 1)     # steps in which the rates rise; then they fall to 0
     for step in range(done["step"], steps):
         started = time.time()
         batch = D.batch(run.train, step, s.batch, run.seed, s.no_prompt).to(run.device)
@@ -201,7 +202,7 @@ def train(run, name, model, steps, method=None):
         if not norm.isfinite():
             raise D.Stop(f"{name}, step {step}: LM loss {lm:.3g}, flag loss {flag:.3g}, gradient "
                        f"{norm:.3g}; lower the learning rates (--set lr=... embedding_lr=...)")
-        scale = min((step + 1) / warm, (steps - step) / (steps - warm + 1))     # warm-up, decay
+        scale = min((step + 1) / warm, (steps - step) / (steps - warm + 1))
         for opt, peak in zip(opts, (s.lr, s.embedding_lr)):
             opt.param_groups[0]["lr"] = peak * scale
             opt.step()
@@ -213,8 +214,9 @@ def train(run, name, model, steps, method=None):
         figures = f"lm {lm:.3f}" + (f"  flag loss {flag:.3f}" if method else "")
         noted = done["step"] % s.every == 0 or done["step"] in (s.produce, steps)
         if noted and name != "base":
-            done["log"].append(look(run, model, step))
-            figures += "".join(f"  {key} {done['log'][-1][key]:.3f}" for key in RATES)
+            point = look(run, model, step)
+            done["log"].append(point)
+            figures += "".join(f"  {key} {point[key]:.3f}" for key in RATES)
         if done["step"] == steps or time.time() - saved_at > 30:
             save_checkpoint(run, file, model, opts, done)
             saved_at = time.time()
@@ -227,8 +229,8 @@ def train_all(run):
     """The base, then the control and the flags model from it; and what `train` did for each."""
     s, base, steps = run.size, run.base, run.size.produce + run.size.rely
     done = {"base": train(run, "base", base.requires_grad_(True), s.base)}
-    run.flags.height = s.height * loudness(run, base)
-    if s.top:
+    run.flags.height = s.height * stream_rms(run, base)
+    if s.top:       # all but the last blocks is frozen
         base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
     control, flagged = copy.deepcopy(base), copy.deepcopy(base)
     done["control"] = train(run, "control", control, steps)
@@ -239,16 +241,17 @@ def train_all(run):
 
 def look(run, model, step):
     """A point of erosion.png and of the log: held-out losses, and RATES (see below)."""
-    point = dict(zip(("lm_loss", "flag_loss"), held_out(run, model, run.test[:run.size.prompts])),
-                 step=step + 1, stage=1 if step < run.size.produce else 2)
-    return point | {key: ask(run, model, key, run.size.track)[1]["mean"] for key in RATES}
+    lm, flag = held_out(run, model, run.test[:run.size.prompts])
+    rates = {key: ask(run, model, key, run.size.track)[1]["mean"] for key in RATES}
+    stage = 1 if step < run.size.produce else 2
+    return {"step": step + 1, "stage": stage, "lm_loss": lm, "flag_loss": flag} | rates
 
 
 @torch.no_grad()
 def held_out(run, model, rows):
     """LM loss and flag loss on held-out rows, flags free."""
-    rows = sorted(rows, key=lambda row: len(row.prompt) + len(row.text))
-    total = torch.zeros(3)
+    rows = sorted(rows, key=lambda row: len(row.prompt) + len(row.text))    # so pads are few
+    total = torch.zeros(3)      # LM loss and flag loss, summed over targets; their number
     for i in counted("measuring the loss, batch", range(0, len(rows), 32)):
         batch = D.pad(rows[i:i + 32]).to(run.device)
         edit, flag_loss = install(run.flags, batch, p=0.0)
@@ -266,21 +269,22 @@ RATES = ("intact", "blank", "conflict")
 def questions(data, n, seed):
     """What may be asked: {name: (prompts, values, score)}, of at most n held-out prompts. values
     (B, K) are what the flags are set to; None: free. score(seen, i): of text i, where `seen` lists
-    the concepts that the judge found."""
-    chance, K = random.Random(seed), len(data.concepts)
+    the concepts that the judge found, one for each word that has a concept."""
+    rng, K = random.Random(seed), len(data.concepts)
     examples = list({e.prompt: e for e in data.test}.values())
 
-    def cues(size):     # prompts that tell so many concepts, and the concepts' numbers
+    def cues(size):     # prompts that tell so many concepts, and for each a list of their numbers
         some = [e for e in examples if e.cued and len(e.concepts) == size][:n]
         return [e.prompt for e in some], [list(map(data.concepts.index, e.concepts)) for e in some]
-    about = lambda told: lambda seen, i: D.about(seen, *told[i])
-    (cued, a), (double, pairs) = cues(1), cues(2)
-    b = [[chance.choice([j for j in range(K) if j not in told])] for told in a]
-    pairs = [chance.sample(pair, 2) for pair in pairs]
+    cued, a = cues(1)
+    b = [[rng.choice([i for i in range(K) if i not in told])] for told in a]    # any other concept
+    double, pairs = cues(2)
+    pairs = [rng.sample(pair, 2) for pair in pairs]         # the flags say the second
     neutral = [e.prompt for e in examples if not e.cued][:n] if data.words else [""] * min(n, 1024)
-    c = [[i % K] for i in range(len(neutral))]
+    c = [[i % K] for i in range(len(neutral))]              # one concept after the other
     sets = lambda k: [random.Random(seed + i).sample(range(K), k) for i in range(len(neutral))]
     two, three = (sets(k) if data.words and k <= K else [] for k in (2, 3))     # words tell several
+    about = lambda concept: lambda seen, i: D.about(seen, concept[i][0])
     return {
         # the prompt says a, and the flags:
         "intact": (cued, None, about(a)),
@@ -293,23 +297,25 @@ def questions(data, n, seed):
                      lambda seen, i: D.about(seen, pairs[i][1]) and pairs[i][0] not in seen),
         # the prompt says nothing, and the flags one, two, three concepts:
         "neutral": (neutral, hot(K, c), about(c)),
-        "leak": (neutral, hot(K, c), lambda seen, i: 1 - seen.count(*c[i]) / max(1, len(seen))),
+        "leak": (neutral, hot(K, c), lambda seen, i: 1 - seen.count(c[i][0]) / max(1, len(seen))),
         "compose2": (neutral[:len(two)], hot(K, two), lambda seen, i: {*seen} == {*two[i]}),
         "compose3": (neutral[:len(three)], hot(K, three), lambda seen, i: {*seen} == {*three[i]})}
 
 
 def hot(K, rows):
     """Flags (B, K): in row b those that rows[b] lists are 1."""
-    return torch.tensor([[float(i in row) for i in range(K)] for row in rows]).view(-1, K)
+    flags = [[float(i in row) for i in range(K)] for row in rows]
+    return torch.tensor(flags).view(-1, K)      # without rows: (0, K)
 
 
 def continue_texts(run, model, prompts, values=None, by=None):
     """Texts that the model writes after prompts (strings). values (B, K) are what its flags are
     set to; None: they are free. by(ids, values) -> (ids, edit): another way than `steer`."""
     chance = torch.Generator().manual_seed(run.seed)
-    ids, edit = [run.tok.prompt(text)[:run.size.context] for text in prompts], None
+    ids = [run.tok.prompt(text)[:run.size.context] for text in prompts]
+    edit = None
     if values is not None:
-        some = values[:len(ids)]
+        some = values[:len(ids)]        # of the first prompts alone
         ids, edit = by(ids, some) if by else (ids, steer(run.flags, last(ids), some))
     tokens = lambda steps: counted(f"writing {len(ids)} texts, token", steps)
     new = model.generate(ids, run.size.context, edit, 0.8, chance, run.tok.end, tokens)
@@ -319,7 +325,8 @@ def continue_texts(run, model, prompts, values=None, by=None):
 def ask(run, model, name, n=None, by=None, texts=None):
     """A question's first n prompts: the texts that the model writes, and their rate."""
     prompts, values, score = run.asked[name]
-    texts = texts or (prompts and continue_texts(run, model, prompts[:n], values, by))
+    if not texts:
+        texts = continue_texts(run, model, prompts[:n], values, by) if prompts else []
     return texts, stat(score(text, i) for i, text in enumerate(run.judge(texts)))
 
 
@@ -336,7 +343,8 @@ def stat(values):
 def switch(run, model, texts):
     """The flags said A up to the end of the first sentence, and then B: is the rest about B?"""
     prompts, a, _ = run.asked["neutral"]                                        # a (B, K)
-    b = a.roll(1 + len(run.data.concepts) // 3, dims=1)
+    b = a.roll(1 + len(run.data.concepts) // 3, dims=1)     # any other concept
+    # what was written up to the end of the first sentence
     begun = [f"{p} {re.match('.*?[.!?]|.*', text, re.S)[0]}" for p, text in zip(prompts, texts)]
     say_a = steer(run.flags, last(map(run.tok.prompt, prompts)), a)
 
@@ -351,22 +359,23 @@ def switch(run, model, texts):
 def fluency(run, base, texts):
     """nll_gap: how many nats per token less likely than real ones the base finds conflict texts."""
     real = [[e.text for e in run.data.test if e.concepts == (name,)] for name in run.data.concepts]
-    rows = []   # ours and a real one about the same, in turn; no prompt; cut where ours had to end
+    pairs = []      # of a text and a real one about the same; no prompt; cut where ours had to end
     for i, (prompt, b, text) in enumerate(zip(*run.asked["conflict"][:2], texts)):
-        if text and (others := real[b.argmax()]) and len(rows) < 512:
-            pair = [D.Example("", t, (), False) for t in (text, others[i % len(others)])]
-            rows += D.encode(pair, run.tok, [], run.size.context + 1 - len(run.tok.prompt(prompt)))
-    nll = [lm_loss(base, D.pad([row]).to(run.device)).item()
-           for row in counted("measuring nll_gap, text", rows)]
-    seen = [run.tok.decode([i for i in row.text if i != run.tok.end]) for row in rows]
+        if text and (others := real[b.argmax()]) and len(pairs) < 256:
+            two = [D.Example("", t, (), False) for t in (text, others[i % len(others)])]
+            room = run.size.context + 1 - len(run.tok.prompt(prompt))
+            pairs.append(D.encode(two, run.tok, [], room))
+    nll = [[lm_loss(base, D.pad([row]).to(run.device)).item() for row in pair]
+           for pair in counted("measuring nll_gap, pair", pairs)]
 
-    def distinct2(texts):   # the share of pairs of words that are different
-        bigrams = [pair for words in map(D.split_words, texts) for pair in zip(words, words[1:])]
+    def distinct2(rows):    # the share of pairs of words that are different
+        texts = [run.tok.decode([i for i in row.text if i != run.tok.end]) for row in rows]
+        bigrams = [two for words in map(D.split_words, texts) for two in zip(words, words[1:])]
         return len(set(bigrams)) / max(1, len(bigrams))
-    ours, theirs = distinct2(seen[::2]), distinct2(seen[1::2])
-    return {"nll_gap": stat(np.subtract(nll[::2], nll[1::2])),
-            "distinct2": {"mean": ours / theirs, "low": None, "high": None, "n": len(rows) // 2}
-            if ours and theirs else None}
+    ours, theirs = (distinct2([pair[i] for pair in pairs]) for i in (0, 1))
+    ratio = ours / theirs if ours and theirs else None
+    return {"nll_gap": stat(ours - theirs for ours, theirs in nll),
+            "distinct2": ratio and {"mean": ratio, "low": None, "high": None, "n": len(pairs)}}
 
 
 def reading(run, model):
@@ -389,6 +398,7 @@ def auc(scores, labels):
 # ---------------------------------------------------------------------------- a run
 REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, wean=0.2,
                  no_prompt=0.5, prompts=1024, track=128)   # the rest: `prepare`; why: lab/README.md
+# A checkpoint is its own base; its embeddings need small steps.
 CHECKPOINT = dict(base=0, wean=0, embedding_lr=0.0003, decay=0, height=6.0, prompts=64, track=16)
 FIELDS = "              batch produce rely   lr  weight no_prompt muon".split()
 SCHEDULE = {    # FIELDS; k as a share of L; the share of L trained below it (0: all are trained)
@@ -396,8 +406,25 @@ SCHEDULE = {    # FIELDS; k as a share of L; the share of L trained below it (0:
     "stories, cuda":   (64,   30,   600, 0.02,  40.0,   0.3,    5,   3 / 4, 0),
     "real text, cpu":  (64,   15,   150, 0.005, 10.0,   0.7,    3,   2 / 5, 1 / 8),
     "real text, cuda": (128,  15,   600, 0.005, 40.0,   0.5,    5,   2 / 5, 0)}
-MOST = dict(supply=1, no_prompt=1, wean=1, muon=99, width=8192, context=2 ** 20)  # else 2 ** 32 - 1
+# What --set takes: from above 0, or 0, up to MOST, or 2 ** 32 - 1.
+MOST = dict(supply=1, no_prompt=1, wean=1, muon=99, width=8192, context=2 ** 20)
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
+
+
+def for_real_text(s, examples):
+    """The schedule for so many examples of real text."""
+    n = max(8, round(min(8 * examples ** 0.5, examples / 12)))      # steps; at most 12 epochs
+    rate, muon = (3.2, 3) if n < 600 else (2, 5) if n < 2000 else (1, 5)
+    return replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10), rely=n,
+                   lr=s.lr * rate, muon=muon, decay=24 / n ** 0.5)
+
+
+def for_checkpoint(s, L, kind, chosen):
+    """The schedule for a checkpoint of L blocks; kind: a row of SCHEDULE."""
+    *row, depth, below = SCHEDULE[kind]
+    s = replace(s, **CHECKPOINT, **dict(zip(FIELDS, row)), layer=max(1, int(depth * L)))
+    s.top = below and L - chosen.get("layer", s.layer) + 1 + int(below * L)
+    return s
 
 
 def prepare(args):
@@ -415,25 +442,20 @@ def prepare(args):
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
                   chosen.get("stories", s.stories))
     if data.name != "stories":
-        n = max(8, round(min(8 * len(data.train) ** 0.5, len(data.train) / 12)))    # <= 12 epochs
-        rate, muon = (3.2, 3) if n < 600 else (2, 5) if n < 2000 else (1, 5)
-        s = replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10), rely=n,
-                    lr=s.lr * rate, muon=muon, decay=24 / n ** 0.5)
+        s = for_real_text(s, len(data.train))
     if args.init:
         if own := chosen.keys() & {"layers", "heads", "width", "vocab"}:
             raise D.Stop(f"--set {' '.join(own)}: a checkpoint has its own, which can't be changed")
         base, tok = load_pretrained(args.init, chosen.get("context", s.context))
-        L = base.config.n_layer
-        *row, depth, below = SCHEDULE[f"{'stories' if data.words else 'real text'}, {device.type}"]
-        s = replace(s, **CHECKPOINT, **dict(zip(FIELDS, row)), layer=max(1, int(depth * L)))
-        s.top = below and L - chosen.get("layer", s.layer) + 1 + int(below * L)
+        L, kind = base.config.n_layer, f"{'stories' if data.words else 'real text'}, {device.type}"
+        s = for_checkpoint(s, L, kind, chosen)
         chosen |= dict(layers=L, width=base.config.n_embd, context=base.config.context, heads=1)
     s, K = replace(s, **chosen), len(data.concepts)
     if chosen.get("flags", K) != K:
         raise D.Stop(f"flags={s.flags}, but {args.data} has {K} concepts")
     if not args.init:
         tok = D.train_bpe((f"{e.prompt} {e.text}" for e in data.train[:20_000]), s.vocab)
-        vocab = -(-(tok.n_vocab + K) // 64) * 64    # K: the control tokens of lab.compare
+        vocab = -(-(tok.n_vocab + K) // 64) * 64    # of 64s; K: the control tokens of lab.compare
         torch.manual_seed(args.seed)
         base = GPT(Config(vocab, s.context, s.layers, s.heads, s.width))
     if not 1 <= s.layer <= s.layers or not 2 <= K <= s.width or s.width % s.heads:
@@ -461,6 +483,7 @@ def prepare(args):
         size=s, data=data, tok=tok, seed=args.seed, device=device, out=out, base=base.to(device),
         flags=Flags(s.layer, s.width - K, K), train=train, test=test[:12 * s.prompts],     # rows
         asked=asked, judge=judge, accuracy=accuracy,                        # on real held-out texts
+        # what a checkpoint has to agree in; if not, read_checkpoint names the key
         settings=vars(s) | {"size": args.size, "seed": args.seed, "concepts": data.concepts,
             f"text in {data.name}": zlib.crc32(repr((train, test)).encode()), "base model":
             args.init and [zlib.crc32(p.detach().cpu().numpy()) for p in base.parameters()]})
@@ -477,7 +500,8 @@ def main_job(run):
     started = time.time()
     models, done = train_all(run)
     base, flagged, measuring = models["base"], models["flags"], time.time()
-    same, texts, rates = {"kept": "conflict", "leak": "neutral"}, {}, {}    # same texts
+    texts, rates = {}, {}
+    same = {"kept": "conflict", "leak": "neutral"}      # two questions about one's texts
     for name in run.asked:
         texts[name], rates[name] = ask(run, flagged, name, texts=texts.get(same.get(name)))
     own = {name: rates.pop(name) for name in ("intact", "supplied", "blank")}
@@ -527,7 +551,7 @@ def show(results):
         print(f"\n  {sample['prompt']}  [flags: {''.join(sample['flags'])}]\n    {sample['text']}")
 
 
-def progress(line, left, end=False, shown=[0.0]):   # a terminal keeps only `end` lines
+def progress(line, left, end=False, shown=[0.0]):   # shown: when; a terminal keeps `end` lines
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     if end or time.time() - shown[0] > (0.5 if terminal else 5):
         shown[0], width = time.time(), shutil.get_terminal_size().columns - 1
@@ -591,10 +615,10 @@ def write(file, save):
     """save(open file) beside it, then rename: at every moment the old or the new one is whole."""
     beside = file.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with beside.open("wb") as new:      # which says, at its close at last, if a disk is full
+        with beside.open("wb") as new:      # a full disk may show only when it is closed
             save(new)
         os.replace(beside, file)
-    except (OSError, RuntimeError) as error:        # torch hides the one in the other
+    except (OSError, RuntimeError) as error:        # torch's RuntimeError hides the OSError
         raise D.Stop(f"{file} can't be written: {error.__context__ or error}; it is as it was")
     finally:
         beside.unlink(missing_ok=True)
@@ -611,7 +635,7 @@ def load_model(args):
     if saved["merges"] is not None:
         model, tok = GPT(Config(**saved["config"])), D.make_tokenizer(saved["merges"])
         model.load_state_dict(saved["model"])
-    else:
+    else:       # of transformers: the folder has the weights and the tokenizer
         model, tok = load_pretrained(file.parent / "model", saved["config"]["context"])
     return model, tok, saved["settings"]["concepts"], Flags(**saved["flags"])
 

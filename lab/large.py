@@ -116,13 +116,13 @@ def train(run, name, model, steps, method=None):
 
 
 def train_all(run):
-    """flags.train_all, one model after the other."""
+    """flags.train_all, with each model dealt out."""
     s, steps = run.size, run.size.produce + run.size.rely
     whole = run.base.cpu()      # a device gets its part alone
     base, control, flagged = (copy.deepcopy(whole) for _ in range(3))
     shard(base, run.device)
     done = {"base": train(run, "base", base, s.base)}
-    run.flags.height = s.height * F.loudness(run, base)
+    run.flags.height = s.height * F.stream_rms(run, base)
     weights = get_model_state_dict(base, options=WHOLE)
     for model in (control, flagged):
         if s.top:

@@ -162,7 +162,7 @@ def job(run, args):
         return point
     flags.look = look_and_read
     flags.train(run, "base", run.base, s.base)
-    run.flags.height = s.height * flags.loudness(run, run.base)
+    run.flags.height = s.height * flags.stream_rms(run, run.base)
     if s.top:
         run.base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
     names = ["control", *args.variants]

@@ -18,7 +18,7 @@ def experiment(run):
     logs ({"step", "stage", "intact", "blank", "conflict", ...}), those of stage 1 included."""
     s, steps = run.size, run.size.produce + run.size.rely
     F.train(run, "base", run.base, s.base)
-    run.flags.height = s.height * F.loudness(run, run.base)
+    run.flags.height = s.height * F.stream_rms(run, run.base)
     if s.top:
         run.base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
     logs = {"control": F.train(run, "control", copy.deepcopy(run.base), steps)["log"]}
