@@ -269,7 +269,7 @@ RATES = ("intact", "blank", "conflict")
 def questions(data, n, seed):
     """What may be asked: {name: (prompts, values, score)}, of at most n held-out prompts. values
     (B, K) are what the flags are set to; None: free. score(seen, i): of text i, where `seen` lists
-    the concepts that the judge found, one for each word that has a concept."""
+    the concepts that the judge found (in stories: one for each content word)."""
     rng, K = random.Random(seed), len(data.concepts)
     examples = list({e.prompt: e for e in data.test}.values())
 
