@@ -397,7 +397,7 @@ def auc(scores, labels):
 
 # ---------------------------------------------------------------------------- a run
 REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, wean=0.2,
-                 no_prompt=0.5, prompts=1024, track=128)   # more: `for_real_text`; why: lab/README.md
+                 no_prompt=0.5, prompts=1024, track=128)   # more: `for_real_text`; why: the lab
 # A checkpoint is its own base; its embeddings need small steps.
 CHECKPOINT = dict(base=0, wean=0, embedding_lr=0.0003, decay=0, height=6.0, prompts=64, track=16)
 FIELDS = "              batch produce rely   lr  weight no_prompt muon".split()
