@@ -165,7 +165,7 @@ def job(run, args):
     for name, figures in arms.items():
         cells = [x["mean"] if isinstance(x, dict) else x for x in map(figures.get, columns)]
         print(f"{name:22s}" + "".join(" " * 9 + "-" if x is None else f"{x:10.3f}" for x in cells))
-    tools.save(run, "results.json", results | {"compare": arms})
+    tools.save(run, "results.json", results | {"compare": arms, "curves": curves})
     draw(run, arms, curves)
     return arms
 
