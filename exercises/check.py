@@ -247,6 +247,7 @@ def ridge(probe):
         wanted = b @ torch.linalg.solve(gram, a.T @ y.double())
         yield (torch.allclose(found.double(), wanted, atol=2e-3, rtol=2e-3),
                "standardise BOTH by the mean and std of x (at least 1e-4), add a column of ones, "
+               "penalised as the others, "
                f"solve (X'X + penalty I) W = X'y{hint}; x.std(0) divides by N - 1")
 
 
