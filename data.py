@@ -202,9 +202,9 @@ def load_jsonl(path, most):
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise Stop(f"{path}, line {number}: {error}; wanted: {WANTED}") from None
     concepts = sorted({concept for *_, of in items for concept in of})
-    if not 2 <= len(concepts) <= most:
-        raise Stop(f"{path}: {len(concepts)} concepts in {number} lines; there must be 2 to "
-                   f"{most} (--set flags={max(len(concepts), most)}); wanted: {WANTED}")
+    if not 2 <= (n := len(concepts)) <= most:
+        raise Stop(f"{path}: {n} concepts in {number} lines; there must be 2 to {most}"
+                   f"{f' (--set flags={n})' * (n > most)}; wanted: {WANTED}")
     data = real_data(path.name, concepts, items)
     for concept in concepts:
         if not all(any(concept in e.concepts for e in part) for part in (data.train, data.judge)):
@@ -327,7 +327,7 @@ class Batch(NamedTuple):
     idx: torch.Tensor       # (B, T) int64
     targets: torch.Tensor   # (B, T) int64, -100 where nothing is to be predicted
     y: torch.Tensor         # (B, K) float32
-    draw: torch.Tensor      # (B,) float32 in [0, 1): a random number for whoever needs one
+    draw: torch.Tensor      # (B,) float32 in [0, 1): below p, this sequence is supplied (flags.py)
 
     def to(self, device):
         return Batch(*(tensor.to(device) for tensor in self))
@@ -354,14 +354,14 @@ def batch(rows, step, size, seed, no_prompt=0.0):
     """The batch of training step `step`: a pure function, so resuming needs no saved state.
 
     Every epoch goes through the rows in a new order; up to size - 1 of them sit it out. In a share
-    `no_prompt` only the first token of the prompt is shown. Rows of similar length go together.
-    """
+    `no_prompt` only the first token of the prompt is shown. Rows of similar length go together:
+    32 batches at a time are sorted, not all, so that neighbours change by epoch."""
     per_epoch = max(1, len(rows) // size)
     epoch, i = divmod(step, per_epoch)
     rng = np.random.default_rng([seed, epoch])
     order, bare = rng.permutation(len(rows))[:per_epoch * size], rng.random(len(rows)) < no_prompt
-    chunk, slot = divmod(rng.permutation(per_epoch)[i], 32)     # sort 32 batches' rows, not all: so
-    order = order[chunk * 32 * size:(chunk + 1) * 32 * size]    # neighbours change by epoch
+    chunk, slot = divmod(rng.permutation(per_epoch)[i], 32)
+    order = order[chunk * 32 * size:(chunk + 1) * 32 * size]
     chosen = [rows[j]._replace(prompt=rows[j].prompt[:1]) if bare[j] else rows[j] for j in order]
     chosen.sort(key=lambda row: len(row.prompt) + len(row.text))
     padded = pad(chosen[slot * size:(slot + 1) * size])

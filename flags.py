@@ -97,13 +97,13 @@ class Flags:
 
 
 def install(flags, batch, p):
-    """The method, for one batch of which a share p is supplied: (edit, flag_loss). Flag positions
-    have a target (>= 0): from the last token of the prompt on. f is the slice, divided by height.
+    """The method, for one batch of which a share p is supplied: (edit, flag_loss).
 
-    edit(layer, x, pos) is called after each block with the stream x (B, T, C). After blocks >= k it
-    reads f, then sets the slice, in place, in x's dtype, to height * y at the flag positions of the
-    supplied sequences: those whose batch.draw (B,), uniform and new at each step, is below p. The
-    LM loss sends no gradient into what was overwritten: there the flag loss alone teaches.
+    batch has y (B, K), the labels; targets (B, T), the next token if it belongs to the text, else
+    -100 (flag positions are those with a target); draw (B,), random in [0, 1), new at each step.
+    edit(layer, x, pos) is called after each block. After blocks >= k it reads f = slice / height,
+    then sets the slice, in place, in x's dtype, to height * y at the flag positions of supplied
+    sequences: those with draw < p. The LM loss sends no gradient into what was overwritten.
     flag_loss(), called after that, is the mean of (f - y)^2 over these blocks, all flags, and the
     flag positions of all sequences."""
     y, on = batch.y[:, None], batch.targets >= 0        # (B, 1, K); (B, T) the flag positions
@@ -160,11 +160,13 @@ def own_flags(model, flags, prompts):
 
 
 # ---------------------------------------------------------------------------- training
+# `run` is one experiment: size, data, rows, base, flags, questions, judge ...: see `prepare`.
 
 def supply(s, step):
     """p at each step: 0 in stage 1; in stage 2 s.supply, and a third of it in the last s.wean."""
-    stage2 = s.supply if step < s.produce + s.rely * (1 - s.wean) else s.supply / 3
-    return 0.0 if step < s.produce else stage2
+    if step < s.produce:
+        return 0.0
+    return s.supply if step < s.produce + s.rely * (1 - s.wean) else s.supply / 3
 
 
 def stream_rms(run, base):
@@ -183,7 +185,7 @@ def lm_loss(model, batch, edit=None):
 
 
 def train(run, name, model, steps, method=None):
-    """Train for `steps` steps; returns {"step", "log", "seconds", "tokens"}. run: see `prepare`.
+    """Train for `steps` steps; returns {"step", "log", "seconds", "tokens"}.
     method(step, batch) is install(run.flags, batch, supply(s, step)); None: LM loss alone. Random
     numbers depend on seed and step: a stopped run goes on from run.out/name.pt (CPU: same bits)."""
     s, file = run.size, run.out / f"{name}.pt"
@@ -283,7 +285,7 @@ def questions(data, n, seed):
     neutral = [e.prompt for e in examples if not e.cued][:n] if data.words else [""] * min(n, 1024)
     c = [[i % K] for i in range(len(neutral))]              # one concept after the other
     sets = lambda k: [random.Random(seed + i).sample(range(K), k) for i in range(len(neutral))]
-    two, three = (sets(k) if data.words and k <= K else [] for k in (2, 3))     # words tell several
+    two, three = (sets(k) if data.words and k <= K else [] for k in (2, 3))     # else: one
     about = lambda concept: lambda seen, i: D.about(seen, concept[i][0])
     return {
         # the prompt says a, and the flags:
@@ -304,8 +306,7 @@ def questions(data, n, seed):
 
 def hot(K, rows):
     """Flags (B, K): in row b those that rows[b] lists are 1."""
-    flags = [[float(i in row) for i in range(K)] for row in rows]
-    return torch.tensor(flags).view(-1, K)      # without rows: (0, K)
+    return torch.tensor([[float(i in row) for i in range(K)] for row in rows]).view(-1, K)
 
 
 def continue_texts(run, model, prompts, values=None, by=None):
@@ -344,7 +345,6 @@ def switch(run, model, texts):
     """The flags said A up to the end of the first sentence, and then B: is the rest about B?"""
     prompts, a, _ = run.asked["neutral"]                                        # a (B, K)
     b = a.roll(1 + len(run.data.concepts) // 3, dims=1)     # any other concept
-    # what was written up to the end of the first sentence
     begun = [f"{p} {re.match('.*?[.!?]|.*', text, re.S)[0]}" for p, text in zip(prompts, texts)]
     say_a = steer(run.flags, last(map(run.tok.prompt, prompts)), a)
 
@@ -401,7 +401,7 @@ REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, wea
 # A checkpoint is its own base; its embeddings need small steps.
 CHECKPOINT = dict(base=0, wean=0, embedding_lr=0.0003, decay=0, height=6.0, prompts=64, track=16)
 FIELDS = "              batch produce rely   lr  weight no_prompt muon".split()
-SCHEDULE = {    # FIELDS; k as a share of L; the share of L trained below it (0: all are trained)
+SCHEDULE = {    # then k as a share of L, and the share of L trained below it (0: all is trained)
     "stories, cpu":    (16,   30,   270, 0.02,  40.0,   0.3,    3,   5 / 6, 1 / 5),
     "stories, cuda":   (64,   30,   600, 0.02,  40.0,   0.3,    5,   3 / 4, 0),
     "real text, cpu":  (64,   15,   150, 0.005, 10.0,   0.7,    3,   2 / 5, 1 / 8),
@@ -413,7 +413,7 @@ MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt
 
 def for_real_text(s, examples):
     """The schedule for so many examples of real text."""
-    n = max(8, round(min(8 * examples ** 0.5, examples / 12)))      # steps; at most 12 epochs
+    n = max(8, round(min(8 * examples ** 0.5, examples / 12)))      # of stage 2: <= 12 epochs
     rate, muon = (3.2, 3) if n < 600 else (2, 5) if n < 2000 else (1, 5)
     return replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10), rely=n,
                    lr=s.lr * rate, muon=muon, decay=24 / n ** 0.5)
@@ -437,7 +437,7 @@ def prepare(args):
         raise D.Stop(f"--set wants FIELD=NUMBER, not {' '.join(args.set)}: {', '.join(kinds)}")
     for name, x in [*chosen.items(), ("seed", args.seed)]:
         if not (0 < x <= MOST.get(name, 2 ** 32 - 1) or x == 0 and name in MAY_BE_0):
-            raise D.Stop(f"{name}={x} is out of range")
+            raise D.Stop(f"{name}={x} is out of range, at most {MOST.get(name, 2 ** 32 - 1)}")
     print(f"loading {args.init or args.data}" + ", half a minute" * bool(args.init), flush=True)
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
                   chosen.get("stories", s.stories))
@@ -458,8 +458,9 @@ def prepare(args):
         vocab = -(-(tok.n_vocab + K) // 64) * 64    # of 64s; K: the control tokens of lab.compare
         torch.manual_seed(args.seed)
         base = GPT(Config(vocab, s.context, s.layers, s.heads, s.width))
-    if not 1 <= s.layer <= s.layers or not 2 <= K <= s.width or s.width % s.heads:
-        raise D.Stop(f"{K} flags, {s.layer=}, {s.layers=}, {s.width=}, {s.heads=} do not fit")
+    lowest = s.layers - s.top + 1 if s.top else 1       # blocks below are frozen: they raise none
+    if not lowest <= s.layer <= s.layers or not 2 <= K <= s.width or s.width % s.heads:
+        raise D.Stop(f"{K} flags, {s.layer=}, {s.layers=}, {s.top=}, {s.width=}, {s.heads=} clash")
     train, test = (D.encode(counted("encoding, text", examples), tok, data.concepts, s.context)
                    for examples in (data.train, data.test))
     asked = questions(data, s.prompts, args.seed)
@@ -504,7 +505,7 @@ def main_job(run):
     same = {"kept": "conflict", "leak": "neutral"}      # two questions about one's texts
     for name in run.asked:
         texts[name], rates[name] = ask(run, flagged, name, texts=texts.get(same.get(name)))
-    own = {name: rates.pop(name) for name in ("intact", "supplied", "blank")}
+    reliance = {name: rates.pop(name) for name in ("intact", "supplied", "blank")}
     git = f'git -C "{Path(__file__).parent}" log -1 --format=%h -- flags.py model.py data.py'
     results = {
         "size": run.settings["size"], "data": run.data.name, "seed": run.seed,
@@ -516,7 +517,7 @@ def main_job(run):
         "loss": {name: held_out(run, model, run.test)[0] for name, model in models.items()},
         "read": reading(run, flagged),
         "reliance": {name: {key: ask(run, models[name], key)[1] for key in ("intact", "blank")}
-                     for name in ("base", "control")} | {"flags": own},
+                     for name in ("base", "control")} | {"flags": reliance},
         "steer": rates | fluency(run, base, texts["conflict"]) | {
             "switch": switch(run, flagged, texts["neutral"]) if texts["compose2"] else None},
         "judge": {"kind": "words" if run.data.words else "learned", "accuracy": run.accuracy},
@@ -630,7 +631,7 @@ def load_model(args):
     """A finished run's model, tokenizer, concepts and flags."""
     file = out_folder(args) / "flags.pt"
     if not (file.parent / "results.json").exists():     # written after all models
-        raise D.Stop(f"no finished run in {file.parent}; without --steer, --on, --off: make one")
+        raise D.Stop(f"no finished run in {file.parent}; make one: without --steer, --on, --off")
     saved = read_checkpoint(file)
     if saved["merges"] is not None:
         model, tok = GPT(Config(**saved["config"])), D.make_tokenizer(saved["merges"])
@@ -645,11 +646,11 @@ def steer_by_hand(args):
     model, tok, names, flags = load_model(args)
     on, off = ({D.normal(name) for name in some} for some in (args.on, args.off))
     if on & off or (on | off) - set(names):
-        raise D.Stop(f"--on and --off take different names of {', '.join(names)}")
+        raise D.Stop(f"--on and --off take names of {', '.join(names)}; none in both")
     [row] = D.encode([D.Example(args.steer or "", "", (), False)], tok, [], model.config.context)
     own = own_flags(model, flags, [row.prompt])[0].tolist()
-    print("the model's own flags: " + ", ".join(
-        f"{name} {value:.2f}" for name, value in zip(names, own) if abs(value) > 0.1))
+    print("the model's own flags: " + (", ".join(
+        f"{name} {value:.2f}" for name, value in zip(names, own) if abs(value) > 0.1) or "all 0"))
     chosen = [name in on or (value > 0.5 and name not in off) for name, value in zip(names, own)]
     raised = ", ".join(name for name, value in zip(names, chosen) if value) or "none"
     set_to = steer(flags, last([row.prompt] * 3), torch.tensor([chosen] * 3))

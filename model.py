@@ -152,7 +152,7 @@ class LanguageModel(nn.Module):
         idx = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
         cache, new = self.new_cache(longest + n, pad), []
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        for _ in counted(range(n)):     # which may say how far it is
+        for _ in counted(range(n)):     # the caller may show progress
             logits = self(idx, edit, cache, at=LAST)                            # (B, V)
             idx = sample(logits.float(), temperature, generator)                # (B, 1)
             new.append(idx)
@@ -330,7 +330,7 @@ def fast_bfloat16(device):
 
 
 class Muon(torch.optim.Muon):
-    """Torch's, which calculates in bfloat16; in float32 where that is faster."""
+    """Torch's, which casts to bfloat16 inside; where that is slow, the cast gives float32."""
     def step(self, closure=None):
         fast = fast_bfloat16(self.param_groups[0]["params"][0].device)
         how = torch.Tensor.bfloat16 if fast else torch.Tensor.float

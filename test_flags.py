@@ -819,8 +819,8 @@ def test_flags_that_nobody_switches_stay_as_the_model_raises_them(quick, capsys,
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--steer", "x", "--on", "dragons"], "different names of sea, snow, farm, space"),
-    (["--steer", "x", "--on", "sea", "--off", "sea"], "different names"),
+    (["--steer", "x", "--on", "dragons"], "take names of sea, snow, farm, space; none in"),
+    (["--steer", "x", "--on", "sea", "--off", "sea"], "none in both"),
     (["--steer", "word " * 200], "this model's context of 48 tokens")])
 def test_bad_steering(quick, tmp_path, capsys, more, message):
     assert steer(quick, *more) == 2
@@ -836,12 +836,13 @@ def test_bad_steering(quick, tmp_path, capsys, more, message):
     (["--init", "x", "--set", "layers=9"], "--set layers: a checkpoint has its own"),
     (["--set", "context=5", "stories=3000"], "context of 5 tokens.*--set context"),
     (["--set", "layer=3", "--set", "stories=3000"], "s.layer=3, s.layers=2"),
+    (["--set", "top=1", "stories=3000"], "s.layer=1, s.layers=2, s.top=1"),     # a frozen block
     (["--set", "flags=20", "stories=3000"], "=20, but stories has 16"), (["--size", "x"], "choice"),
     (["--out", "my.jsonl", "--set", "stories=3000"], "File exists"),
-    (["--steer", "x"], "no finished run in run; without --steer"), (["--set", "rely"], "not rely:"),
+    (["--steer", "x"], "no finished run in run; make one"), (["--set", "rely"], "not rely:"),
     (["--set", "flags=1", "stories=3000"], "1 flags, s.layer=1"), (["--seed", "-1"], "seed=-1 is"),
     (["--set", "vocab=100", "stories=3000"], "vocab must be"), (["--set", "rely=x"], "not rely=x:"),
-    (["--data", "my.jsonl"], "nothing to steer against"), (["--set", "supply=90"], "=90.0 is"),
+    (["--data", "my.jsonl"], "nothing to steer against"), (["--set", "supply=2"], ", at most 1"),
     (["--set", "heads=3", "stories=3000"], "heads=3"), (["--set", "every=0"], "every=0 is out of"),
     (["--data", "missing.jsonl"], "missing.jsonl"), (["--data", "nonsense"], "no data called")])
 def test_bad_commands(tmp_path, capsys, monkeypatch, more, message):

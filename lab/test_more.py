@@ -51,7 +51,7 @@ def load(folder, content):
     (lines({"prompt": "a", "text": "b", "concepts": ["c", " "]}), "line 1: "),
     (b'{"prompt": "\\ud800", "text": "b", "concepts": ["c"]}', "surrogate"),
     (lines("[" * 10 ** 5), "line 1: "),
-    (lines(*many(60, ("cat",))), "1 concepts in 60 lines; there must be 2 to 16"),
+    (lines(*many(60, ("cat",))), "1 concepts in 60 lines; there must be 2 to 16; wanted"),
     (lines(*many(60, [f"c{i}" for i in range(20)])), "--set flags=20"),
     (lines(*many(2)), "too few examples of .*2 prompts and 2 texts differ"),
     (lines(*many(1000, prompt="the same")), "1000 lines 1 prompts and 1000 texts differ"),
@@ -175,7 +175,7 @@ def test_head_and_python_without_its_folder_and_home(tmp_path):
     command = ["--size", "tiny", "--out", str(tmp_path), "--set", "base=1", "produce=1", "rely=1",
                "prompts=8", "track=2", "stories=100", "vocab=257", "--seed", "1338"]
     assert F.main(command) is None      # without a neutral prompt, without a merge
-    top = F.parser().parse_args([*command, "--out", str(tmp_path / "top"), "--set", "top=1"])
+    top = F.parser().parse_args([*command, "--out", str(tmp_path / "top"), "--set", "top=1", "layer=2"])
     run = F.prepare(top)
     first, second = F.train_all(run)[0], F.train_all(run)[0]    # frozen blocks are in nobody's way
     one, two = (models["flags"].blocks[1].mlp.up.weight for models in (first, second))
