@@ -1,4 +1,4 @@
-"""Make a starter folder for one exercise: `python exercises/make.py 3 my-folder`.
+"""Make a starter folder for one exercise: `python exercises/make.py 3 ../my-folder`.
 
 The functions of the exercise are emptied below their docstrings; all else is solved. What prints
 the answer is cut from the README.
@@ -36,8 +36,8 @@ def replace_body(source, name, body="raise NotImplementedError"):
 
 def make(number, folder):
     Path(folder).mkdir(parents=True)
-    told = "wrong_answers.txt", "test_exercises.py"     # they hold pieces of the answers
-    for file in [*ROOT.glob("*"), *ROOT.glob("lab/*"), *ROOT.glob("exercises/*")]:
+    told = "wrong_answers.txt", "test_exercises.py", "answers.md"       # they tell
+    for file in (x for part in ("", "lab", "exercises", "assets") for x in (ROOT / part).iterdir()):
         if file.is_file() and not file.name.startswith(".") and file.name not in told:
             copy = Path(folder, file.relative_to(ROOT))
             copy.parent.mkdir(exist_ok=True)
@@ -56,6 +56,7 @@ def make(number, folder):
     if number != "11":      # what they ask to predict
         readme = re.sub(r"Four things to notice\..*?(?=\*\*Your own data)",
                         "(cut: it answers the exercises)\n\n", readme, flags=re.S)
+        readme = re.sub(r"We do not claim that the concept.*", "(cut)", readme)
     Path(folder, "README.md").write_text(readme, "utf-8")
 
 

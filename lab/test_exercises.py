@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,18 @@ def test_whatever_a_students_code_raises_is_a_hint(error, said, monkeypatch):
     monkeypatch.setattr(F, "steer", steer)
     points, total, hint = check.check("1")
     assert said in hint and "\n" not in hint and points == 0 < total
+
+
+@pytest.mark.parametrize("code, said", [
+    ("x[..., -flags.count:] = 1.0; return x", "only the channels of flags.slice change"),
+    ("return x[0] @ x[0]", "(<string>, line 4)"),       # where it broke, and nothing else
+    ("pass", "does it return what its docstring says? An edit returns x, install a pair")])
+def test_a_hint_says_what_is_wrong(code, said, monkeypatch):
+    space = dict(vars(F))
+    exec("def install(flags, batch, p):\n def edit(layer, x, pos):\n  if layer < flags.layer: "
+         f"return x\n  {code}\n return edit, None", space)
+    monkeypatch.setattr(F, "install", space["install"])
+    assert check.check("3")[2].endswith(said)
 
 
 def test_there_are_enough_wrong_answers():
@@ -178,7 +191,10 @@ def test_every_starter_imports_and_has_one_exercise_open(number, tmp_path):
         assert told["points"] < told["of"]
     cut = "(cut: it is the exercise)" in (folder / "README.md").read_text()
     assert cut == (number in ("3", "4") and "reads.append" in (ROOT / "README.md").read_text())
-    told = ["Four things", "Why do the flags still win", "Hardly ever against", "**What erodes?**"]
+    told = ["Four things", "Why do the flags still win", "Hardly ever against", "**What erodes?**",
+            "We do not claim that the concept"]
     assert [any(said in (folder / "README.md").read_text() for said in told)] == [number == "11"]
     assert all(said in (ROOT / "README.md").read_text() for said in told)
-    assert not list(folder.rglob("wrong_answers.txt")) and (folder / "LICENSE").exists()
+    assert not [*folder.rglob("wrong_answers.txt"), *folder.rglob("answers.md")]
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", (folder / "README.md").read_text())
+    assert all((folder / link).exists() for link in links) and (folder / "LICENSE").exists()
