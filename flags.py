@@ -160,7 +160,7 @@ def own_flags(model, flags, prompts):
 
 
 # ---------------------------------------------------------------------------- training
-# `run` is one experiment: size, data, rows, base, flags, questions, judge ...: see `prepare`.
+# `run` is one experiment: size, data, train and test rows, base, flags, judge ...: `prepare`.
 
 def supply(s, step):
     """p at each step: 0 in stage 1; in stage 2 s.supply, and a third of it in the last s.wean."""
@@ -192,7 +192,7 @@ def train(run, name, model, steps, method=None):
     opts = optimizers(model, s.lr, s.embedding_lr, s.decay, s.muon)     # Muon and AdamW
     done = load_checkpoint(run, file, model, opts)
     saved_at = time.time()
-    warm = min(20, steps // 10 + 1)     # steps in which the rates rise; then they fall to 0
+    warm = min(20, steps // 10 + 1)     # steps in which the learning rates rise; then they fall
     for step in range(done["step"], steps):
         started = time.time()
         batch = D.batch(run.train, step, s.batch, run.seed, s.no_prompt).to(run.device)
