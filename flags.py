@@ -400,12 +400,12 @@ REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, wea
                  no_prompt=0.5, prompts=1024, track=128)   # more: `for_real_text`; why: the lab
 # A checkpoint is its own base; its embeddings need small steps.
 CHECKPOINT = dict(base=0, wean=0, embedding_lr=0.0003, decay=0, height=6.0, prompts=64, track=16)
-FIELDS = "              batch produce rely   lr  weight no_prompt muon".split()
+FIELDS = "              batch produce rely   lr  weight no_prompt muon supply".split()
 SCHEDULE = {    # then k as a share of L, and the share of L trained below it (0: all is trained)
-    "stories, cpu":    (16,   30,   270, 0.02,  40.0,   0.3,    3,   5 / 6, 1 / 5),
-    "stories, cuda":   (64,   30,   600, 0.02,  40.0,   0.3,    5,   3 / 4, 0),
-    "real text, cpu":  (64,   15,   150, 0.005, 10.0,   0.7,    3,   2 / 5, 1 / 8),
-    "real text, cuda": (128,  15,   600, 0.005, 40.0,   0.5,    5,   2 / 5, 0)}
+    "stories, cpu":    (16,   30,   270, 0.02,  40.0,   0.3,    3,   0.9,   5 / 6, 1 / 5),
+    "stories, cuda":   (64,   30,   600, 0.02,  40.0,   0.3,    5,   0.9,   3 / 4, 0),
+    "real text, cpu":  (64,   15,   170, 0.008, 10.0,   0.7,    2,   0.95,  2 / 5, 1 / 8),
+    "real text, cuda": (128,  15,   600, 0.005, 40.0,   0.5,    5,   0.9,   2 / 5, 0)}
 # What --set takes: from above 0, or 0, up to MOST, or 2 ** 32 - 1.
 MOST = dict(supply=1, no_prompt=1, wean=1, muon=99, width=8192, context=2 ** 20)
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
