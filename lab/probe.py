@@ -62,8 +62,8 @@ def activations(run, model, part, values):
 
 def ridge(x, y, x_test, penalty=1.0):
     """Scores (M, K) of a linear probe for x_test (M, D): ridge regression of the labels y (N, K),
-    int64, on activations x (N, D), float32. All activations are standardised by x.mean(0) and x.std(0) (at least 1e-4),
-    a column of ones is added, and (X'X + penalty I) W = X'y is solved."""
+    int64, on activations x (N, D), float32. Both x and x_test are standardised by x.mean(0) and
+    x.std(0) (at least 1e-4), a column of ones is added, (X'X + penalty I) W = X'y is solved."""
     mean, std = x.mean(0), x.std(0).clamp(min=1e-4)
     x, x_test = (F.pad((a - mean) / std, (0, 1), value=1.0).double() for a in (x, x_test))
     gram = x.T @ x + penalty * torch.eye(x.size(1), dtype=x.dtype)

@@ -83,15 +83,14 @@ def test_the_schedule_of_real_text_and_of_a_gpu(tmp_path, monkeypatch):
     assert [*map(vars(run.size).get, names)] == [n, 128, 0.032, 0, 2, 3, 10, 0.5, 0.9, 48, 0.2]
     more = prepare("--data", jsonl_of(folder, 12_000)).size     # 8 sqrt(n) steps
     assert (more.lr, more.muon, more.rely < 1000) == (0.02, 5, True)
-    of_init = lambda *more: [*map(vars(prepare("--init", str(folder), *more).size).get, names)]
+    init = lambda *more: [*map(vars(prepare("--init", str(folder), *more).size).get, names)]
     monkeypatch.setattr(Pretrained, "to", lambda model, device: model)
     for gpu, *wanted in (                       # 0, 0: no base steps, no wean
         (1, [600, 128, 0.005, 0, 2, 5, 40, 0.5, 0.9, 0, 0], [600, 64, 0.02, 0, 4, 5, 40, 0.3, 0.9]),
-        (0, [170, 64, 0.008, 5, 2, 2, 10, 0.7, 0.95, 0, 0],
-         [270, 16, 0.02, 3, 5, 3, 40, 0.3, 0.9])):
+        (0, [170, 64, 0.008, 5, 2, 2, 10, .7, .95, 0, 0], [270, 16, 0.02, 3, 5, 3, 40, 0.3, 0.9])):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
-        assert [of_init(), of_init("--data", "stories", "--set", "stories=2000")[:-2]] == wanted
-    assert of_init("--set", "layer=3")[3:5] == [4, 3]       # the blocks that make flags learn
+        assert [init(), init("--data", "stories", "--set", "stories=2000")[:-2]] == wanted
+    assert init("--set", "layer=3")[3:5] == [4, 3]       # the blocks that make flags learn
 
 
 def test_a_base_of_ours_is_the_same_by_this_path(tmp_path):
