@@ -238,19 +238,29 @@ def ridge(probe):
     x = torch.randn(50, 7, generator=g) * scale + offset
     y = (torch.randn(50, 3, generator=g) > 0).long()
     x_test = torch.randn(7, 7, generator=g) * torch.tensor([3, 3, 3, 3, 3, 3, 1e-4]) + offset
+    some, tests = x[:, [0, 3, 4]], x_test[:, [0, 3, 4]]
+    near = lambda a, b: a.shape == b.shape and torch.allclose(a.double(), b.double(), atol=1e-3)
+    found, none = probe.ridge(some, y, tests, 1.0), torch.zeros(7, 3)
+    yield found.shape == (7, 3), "scores (M, K): one row for each of x_test"
+    yield (near(found, probe.ridge(9 * some + 5, y, 9 * tests + 5, 1.0)),
+           "standardise x and x_test: neither the unit of a channel nor where its 0 lies matters")
+    yield (near(probe.ridge(some, y, tests[:1].expand(7, 3), 1.0), found[:1].expand(7, 3)),
+           "standardise x_test by the mean and std of x, not by its own")
+    yield (near(probe.ridge(some, y, tests, 1e9), none),
+           "penalty, the argument, is on every weight: on that of the column of ones, too")
+    yield (not near(probe.ridge(0 * some, y, tests, 1.0), none),
+           "add a column of ones: where x says nothing, the scores are near the mean of y")
     ours, test = x.double(), x_test.double()
     both = (torch.cat([ours, test]) - ours.mean(0)) / ours.std(0).clamp(min=1e-4)
     a, b = torch.cat([both, torch.ones(57, 1)], 1).split([50, 7])
-    for penalty, hint in ((1.0, ""), (10.0, "; penalty is an argument"), (0.1, "")):
+    for penalty in (1.0, 10.0, 0.1):
         found = probe.ridge(x, y, x_test, penalty)
-        yield found.shape == (7, 3), "scores (M, K): one row for each of x_test"
         yield torch.isfinite(found).all(), "a channel that never changes has std 0: clamp it"
         gram = a.T @ a + penalty * torch.eye(8, dtype=torch.double)
         wanted = b @ torch.linalg.solve(gram, a.T @ y.double())
         yield (torch.allclose(found.double(), wanted, atol=2e-3, rtol=2e-3),
-               "standardise BOTH by the mean and std of x (at least 1e-4), add a column of ones, "
-               "penalised as the others, "
-               f"solve (X'X + penalty I) W = X'y{hint}; x.std(0) divides by N - 1")
+               "solve (X'X + penalty I) W = X'y, not the mean of it; a std is x.std(0), which "
+               "divides by N - 1, at least 1e-4")
 
 
 def route(compare, F, D):
@@ -374,7 +384,7 @@ def compose(name="you", folders=()):
 CHECKS = {"1": (23, (steer, "flags")), "2": (8, (pad, "data")),
           "3": (110, (install_write, "flags", "data")), "4": (122, (install_loss, "flags", "data")),
           "5": (19, (experiment, "flags", "lab.producing")), "6": (7, (auc, "flags")),
-          "7": (4, (means, "lab.compare", "flags", "data")), "8": (9, (ridge, "lab.probe")),
+          "7": (4, (means, "lab.compare", "flags", "data")), "8": (11, (ridge, "lab.probe")),
           "9": (10, (route, "lab.compare", "flags", "data")),
           "10": (52, (cache, "model"), (bpe, "data")), "11": (10, (compose,))}
 
