@@ -7,7 +7,7 @@ arXiv 2602.07828. The idea:
      flag i, is to say: the text being written is about concept i.
   2. Stage 1, produce: finetune with  LM loss + lambda * mean (f - y)^2,  where f is the slice (in
      units of a flag's height), y in {0, 1}^K the labels. The model learns to raise flags by itself.
-  3. Stage 2, rely: the same, and in most sequences the slice is then overwritten with y. Now the
+  3. Stage 2, rely: the same, but most sequences are supplied: y then overwrites the slice. So the
      concept stands reliably at a fixed place, here after blocks 2 to 4. The model comes to use it.
   4. Now the flags are switches. In our stories: overwrite them and the text changes, even against
      the prompt; blank them (all 0), and it stops following the prompt.
@@ -89,7 +89,7 @@ class Flags:
     layer: int              # k, 1 ... L
     first: int              # flag i is channel first + i; in this file they are the last channels
     count: int              # K
-    height: float = 1.0     # of a raised flag, in the stream: set in `train_all`
+    height: float = 1.0     # of a raised flag: Size.height x the RMS (`train_all`)
 
     @property
     def slice(self):
@@ -285,10 +285,10 @@ def questions(data, n, seed):
     neutral = [e.prompt for e in examples if not e.cued][:n] if data.words else [""] * min(n, 1024)
     c = [[i % K] for i in range(len(neutral))]              # one concept after the other
     sets = lambda k: [random.Random(seed + i).sample(range(K), k) for i in range(len(neutral))]
-    two, three = (sets(k) if data.words and k <= K else [] for k in (2, 3))     # else: one
+    two, three = (sets(k) if data.words and k <= K else [] for k in (2, 3))     # else: none
     about = lambda concept: lambda seen, i: D.about(seen, concept[i][0])
     return {
-        # the prompt says a, and the flags:
+        # the prompt says a:
         "intact": (cued, None, about(a)),
         "supplied": (cued, hot(K, a), about(a)),
         "blank": (cued, torch.zeros(len(a), K), about(a)),
@@ -297,7 +297,7 @@ def questions(data, n, seed):
         # the prompt says a pair, the flags its second:
         "suppress": (double, hot(K, [pair[1:] for pair in pairs]),
                      lambda seen, i: D.about(seen, pairs[i][1]) and pairs[i][0] not in seen),
-        # the prompt says nothing, and the flags one, two, three concepts:
+        # the prompt says nothing, the flags one, two, three concepts:
         "neutral": (neutral, hot(K, c), about(c)),
         "leak": (neutral, hot(K, c), lambda seen, i: 1 - seen.count(c[i][0]) / max(1, len(seen))),
         "compose2": (neutral[:len(two)], hot(K, two), lambda seen, i: {*seen} == {*two[i]}),
@@ -344,7 +344,7 @@ def stat(values):
 def switch(run, model, texts):
     """The flags said A up to the end of the first sentence, and then B: is the rest about B?"""
     prompts, a, _ = run.asked["neutral"]                                        # a (B, K)
-    b = a.roll(1 + len(run.data.concepts) // 3, dims=1)     # any other concept
+    b = a.roll(1 + len(run.data.concepts) // 3, dims=1)     # another concept
     begun = [f"{p} {re.match('.*?[.!?]|.*', text, re.S)[0]}" for p, text in zip(prompts, texts)]
     say_a = steer(run.flags, last(map(run.tok.prompt, prompts)), a)
 
@@ -357,7 +357,7 @@ def switch(run, model, texts):
 
 @torch.no_grad()
 def fluency(run, base, texts):
-    """nll_gap: how many nats per token less likely than real ones the base finds conflict texts."""
+    """By how many nats per token the base finds conflict texts less likely than held-out ones."""
     real = [[e.text for e in run.data.test if e.concepts == (name,)] for name in run.data.concepts]
     pairs = []      # of a text and a real one about the same; no prompt; cut where ours had to end
     for i, (prompt, b, text) in enumerate(zip(*run.asked["conflict"][:2], texts)):
@@ -406,14 +406,14 @@ SCHEDULE = {    # then k as a share of L, and the share of L trained below it (0
     "stories, cuda":   (64,   30,   600, 0.02,  40.0,   0.3,    5,   0.9,   3 / 4, 0),
     "real text, cpu":  (64,   15,   170, 0.008, 10.0,   0.7,    2,   0.95,  2 / 5, 1 / 8),
     "real text, cuda": (128,  15,   600, 0.005, 40.0,   0.5,    5,   0.9,   2 / 5, 0)}
-# What --set takes: from above 0, or 0, up to MOST, or 2 ** 32 - 1.
+# What --set takes: x > 0, or >= 0 (MAY_BE_0), up to MOST, or else up to 2 ** 32 - 1.
 MOST = dict(supply=1, no_prompt=1, wean=1, muon=99, width=8192, context=2 ** 20)
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
 
 
 def for_real_text(s, examples):
     """The schedule for so many examples of real text."""
-    n = max(8, round(min(8 * examples ** 0.5, examples / 12)))      # of stage 2: <= 12 epochs
+    n = max(8, round(min(8 * examples ** 0.5, examples / 12)))      # of stage 2: < 11 epochs
     rate, muon = (3.2, 3) if n < 600 else (2, 5) if n < 2000 else (1, 5)
     return replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10), rely=n,
                    lr=s.lr * rate, muon=muon, decay=24 / n ** 0.5)
@@ -483,7 +483,7 @@ def prepare(args):
     return argparse.Namespace(
         size=s, data=data, tok=tok, seed=args.seed, device=device, out=out, base=base.to(device),
         flags=Flags(s.layer, s.width - K, K), train=train, test=test[:12 * s.prompts],     # rows
-        asked=asked, judge=judge, accuracy=accuracy,                        # on real held-out texts
+        asked=asked, judge=judge, accuracy=accuracy,                        # on held-out texts
         # what a checkpoint has to agree in; if not, read_checkpoint names the key
         settings=vars(s) | {"size": args.size, "seed": args.seed, "concepts": data.concepts,
             f"text in {data.name}": zlib.crc32(repr((train, test)).encode()), "base model":
@@ -502,7 +502,7 @@ def main_job(run):
     models, done = train_all(run)
     base, flagged, measuring = models["base"], models["flags"], time.time()
     texts, rates = {}, {}
-    same = {"kept": "conflict", "leak": "neutral"}      # two questions about one's texts
+    same = {"kept": "conflict", "leak": "neutral"}      # asked of the same texts
     for name in run.asked:
         texts[name], rates[name] = ask(run, flagged, name, texts=texts.get(same.get(name)))
     reliance = {name: rates.pop(name) for name in ("intact", "supplied", "blank")}

@@ -341,7 +341,7 @@ class Muon(torch.optim.Muon):
 def optimizers(model, lr, embedding_lr, decay, ns_steps=5):
     """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for embeddings and norms.
 
-    On the stories Muon needs less than half of AdamW's steps. Embeddings want a far higher rate."""
+    On the stories Muon needs less than half of AdamW's steps. New embeddings want a higher rate."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad]
     rest = [p for p in model.parameters() if p.requires_grad and p not in set(matrices)]
     opts = [Muon(matrices, lr, decay, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw")]
