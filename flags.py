@@ -232,7 +232,7 @@ def train_all(run):
     s, base, steps = run.size, run.base, run.size.produce + run.size.rely
     done = {"base": train(run, "base", base.requires_grad_(True), s.base)}
     run.flags.height = s.height * stream_rms(run, base)
-    if s.top:       # all but the last blocks is frozen
+    if s.top:       # everything but the last blocks is frozen
         base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
     control, flagged = copy.deepcopy(base), copy.deepcopy(base)
     done["control"] = train(run, "control", control, steps)
@@ -269,7 +269,7 @@ RATES = ("intact", "blank", "conflict")
 
 
 def questions(data, n, seed):
-    """What may be asked: {name: (prompts, values, score)}, of at most n held-out prompts. values
+    """What may be asked: {name: (prompts, values, score)}, of at most n prompts each. values
     (B, K) are what the flags are set to; None: free. score(seen, i): of text i, where `seen` lists
     the concepts that the judge found (in stories: one for each content word)."""
     rng, K = random.Random(seed), len(data.concepts)
@@ -342,7 +342,7 @@ def stat(values):
 
 
 def switch(run, model, texts):
-    """The flags said A up to the end of the first sentence, and then B: is the rest about B?"""
+    """texts: of `neutral`, with flags A. Keep the first sentence, set B: is the rest about B?"""
     prompts, a, _ = run.asked["neutral"]                                        # a (B, K)
     b = a.roll(1 + len(run.data.concepts) // 3, dims=1)     # another concept
     begun = [f"{p} {re.match('.*?[.!?]|.*', text, re.S)[0]}" for p, text in zip(prompts, texts)]
@@ -357,7 +357,7 @@ def switch(run, model, texts):
 
 @torch.no_grad()
 def fluency(run, base, texts):
-    """By how many nats per token the base finds conflict texts less likely than held-out ones."""
+    """nll_gap (README) of conflict texts against held-out ones about the same; and distinct2."""
     real = [[e.text for e in run.data.test if e.concepts == (name,)] for name in run.data.concepts]
     pairs = []      # of a text and a real one about the same; no prompt; cut where ours had to end
     for i, (prompt, b, text) in enumerate(zip(*run.asked["conflict"][:2], texts)):
@@ -401,19 +401,19 @@ REAL_TEXT = dict(vocab=2032, batch=128, context=64, weight=10.0, height=1.2, wea
 # A checkpoint is its own base; its embeddings need small steps.
 CHECKPOINT = dict(base=0, wean=0, embedding_lr=0.0003, decay=0, height=6.0, prompts=64, track=16)
 FIELDS = "              batch produce rely   lr  weight no_prompt muon supply".split()
-SCHEDULE = {    # then k as a share of L, and the share of L trained below it (0: all is trained)
+SCHEDULE = {    # then k / L, and the share of L that is trained below block k (0: all is trained)
     "stories, cpu":    (16,   30,   270, 0.02,  40.0,   0.3,    3,   0.9,   5 / 6, 1 / 5),
     "stories, cuda":   (64,   30,   600, 0.02,  40.0,   0.3,    5,   0.9,   3 / 4, 0),
     "real text, cpu":  (64,   15,   170, 0.008, 10.0,   0.7,    2,   0.95,  2 / 5, 1 / 8),
     "real text, cuda": (128,  15,   600, 0.005, 40.0,   0.5,    5,   0.9,   2 / 5, 0)}
-# What --set takes: x > 0, or >= 0 (MAY_BE_0), up to MOST, or else up to 2 ** 32 - 1.
+# What --set and --seed take: x > 0, or >= 0 (MAY_BE_0), up to MOST, or else up to 2 ** 32 - 1.
 MOST = dict(supply=1, no_prompt=1, wean=1, muon=99, width=8192, context=2 ** 20)
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
 
 
 def for_real_text(s, examples):
     """The schedule for so many examples of real text."""
-    n = max(8, round(min(8 * examples ** 0.5, examples / 12)))      # of stage 2: < 11 epochs
+    n = max(8, round(min(8 * examples ** 0.5, examples / 12)))  # of stage 2: some 11 epochs or less
     rate, muon = (3.2, 3) if n < 600 else (2, 5) if n < 2000 else (1, 5)
     return replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10), rely=n,
                    lr=s.lr * rate, muon=muon, decay=24 / n ** 0.5)
@@ -484,7 +484,7 @@ def prepare(args):
         size=s, data=data, tok=tok, seed=args.seed, device=device, out=out, base=base.to(device),
         flags=Flags(s.layer, s.width - K, K), train=train, test=test[:12 * s.prompts],     # rows
         asked=asked, judge=judge, accuracy=accuracy,                        # on held-out texts
-        # what a checkpoint has to agree in; if not, read_checkpoint names the key
+        # what a checkpoint has to agree in, but for `prompts`; else read_checkpoint names the key
         settings=vars(s) | {"size": args.size, "seed": args.seed, "concepts": data.concepts,
             f"text in {data.name}": zlib.crc32(repr((train, test)).encode()), "base model":
             args.init and [zlib.crc32(p.detach().cpu().numpy()) for p in base.parameters()]})

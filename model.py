@@ -5,7 +5,7 @@ the library transformers the same face. Both have one opening for whatever is do
 the argument `edit`: a function edit(layer, x, pos) -> x, which `forward` calls on the residual
 stream after each block. It lasts for one call: there is nothing to remove afterwards.
 
-B sequences, T positions, C channels (the width of the stream), H heads, D = C / H, V tokens.
+B sequences, T positions (S: those in a cache, too), C channels, H heads, D = C / H, V tokens.
 """
 import contextlib
 import functools
@@ -39,7 +39,7 @@ def attend(q, k, v, bias):
     """Attention of queries q (B, H, T, D) over keys and values k, v (B, H, S, D).
 
     bias (T, S) or (B, 1, T, S) is 0 or, where a query must not look, -inf; None: all is seen.
-    The backward pass of torch's fused kernel is slow on a CPU at short lengths: two matmuls."""
+    The backward pass of torch's fused kernel is slow on a CPU at short T: there, two matmuls."""
     if bias is None or q.is_cuda or q.size(-2) > 256:
         return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)             # (B, H, T, S)
@@ -193,7 +193,7 @@ class GPT(LanguageModel):
         return Cache(self.config.n_layer, size, pad)
 
     def forward(self, idx, edit=None, cache=None, at=...):
-        """Logits (B, T, V) of token ids idx (B, T); only those x[at], if `at` says which.
+        """Logits (B, T, V) of token ids idx (B, T); if `at` is LAST or a (B, T) mask, those alone.
 
         edit(layer, x, pos) -> x is called after block `layer` (1 ... n_layer) with the residual
         stream x (B, T, C) and the absolute positions pos (B, T) or (1, T). With a cache, idx
