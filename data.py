@@ -203,8 +203,8 @@ def load_jsonl(path, most):
                 raise Stop(f"{path}, line {number}: {error}; wanted: {WANTED}") from None
     concepts = sorted({concept for *_, of in items for concept in of})
     if not 2 <= (n := len(concepts)) <= most:
-        raise Stop(f"{path}: {n} concepts in {number} lines; there must be 2 to {most}"
-                   f"{f' (--set flags={n})' * (n > most)}; wanted: {WANTED}")
+        raise Stop(f"{path}: {n} concepts in {number} lines; there must be 2 or more"
+                   f"{f', at most {most} (--set flags={n})' * (n > most)}; wanted: {WANTED}")
     data = real_data(path.name, concepts, items)
     for concept in concepts:
         if not all(any(concept in e.concepts for e in part) for part in (data.train, data.judge)):
@@ -423,7 +423,7 @@ def grams(text):
 def learned_judge(examples, concepts, counted=lambda what, items: items):
     """Logistic regression on tf-idf of grams. Every concept weighs the same, however rare, since
     flags are set evenly. `examples` are a split of their own, which no model here ever saw."""
-    seen = Counter(gram for example in examples for gram in grams(example.text))
+    seen = Counter(g for e in counted("judge: counting, text", examples) for g in grams(e.text))
     index = {gram: i for i, gram in enumerate(gram for gram, n in seen.items() if n > 1)}
     idf = torch.tensor([len(examples) / seen[gram] for gram in index] + [1.0]).log()
     w = torch.zeros(len(idf), len(concepts), requires_grad=True)
@@ -437,7 +437,7 @@ def learned_judge(examples, concepts, counted=lambda what, items: items):
 
     score = lambda flat, begins, tfidf: F.embedding_bag(
         flat, w, begins, mode="sum", per_sample_weights=tfidf)
-    x = bags([example.text for example in examples])
+    x = bags(counted("judge: reading, text", [example.text for example in examples]))
     y = torch.tensor([[float(concept in e.concepts) for concept in concepts] for e in examples])
     weight, opt = y.sum() / y.sum(0) / len(concepts), torch.optim.Adam([w], lr=0.1)
     for _ in counted("training the judge, step", range(100)):
@@ -447,4 +447,4 @@ def learned_judge(examples, concepts, counted=lambda what, items: items):
         opt.zero_grad()
     # where no gram is known, all scores are 0: about nothing
     return lambda texts: [[int(row.argmax())] * bool(row.any())
-                          for row in (score(*bags(texts)) if texts else [])]
+                          for row in (score(*bags(counted("judge, text", texts))) if texts else [])]

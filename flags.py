@@ -437,7 +437,8 @@ def prepare(args):
         raise D.Stop(f"--set wants FIELD=NUMBER, not {' '.join(args.set)}: {', '.join(kinds)}")
     for name, x in [*chosen.items(), ("seed", args.seed)]:
         if not (0 < x <= MOST.get(name, 2 ** 32 - 1) or x == 0 and name in MAY_BE_0):
-            raise D.Stop(f"{name}={x} is out of range, at most {MOST.get(name, 2 ** 32 - 1)}")
+            raise D.Stop(f"{name}={x} is out of range: {'0' if name in MAY_BE_0 else 'above 0'} to "
+                         f"{MOST.get(name, 2 ** 32 - 1)}")
     print(f"loading {args.init or args.data}" + ", half a minute" * bool(args.init), flush=True)
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
                   chosen.get("stories", s.stories))
@@ -465,11 +466,11 @@ def prepare(args):
                    for examples in (data.train, data.test))
     asked = questions(data, s.prompts, args.seed)
     if not train or not asked["intact"][0]:
-        raise D.Stop(f"{args.data}: no held-out prompt tells one concept: nothing to steer against")
+        raise D.Stop(f"{args.data}: nothing to steer against: add different prompts of one concept")
     out.mkdir(parents=True, exist_ok=True)
-    judge, held = D.make_judge(data, counted), data.test[:12 * s.prompts]
+    judge, held = D.make_judge(data, counted), test[:12 * s.prompts]
     accuracy = stat(bool(found) and {data.concepts[i] for i in found} <= set(e.concepts)
-                    for found, e in zip(judge([tok.decode(r.text[:-1]) for r in test]), held))
+                    for found, e in zip(judge([tok.decode(r.text[:-1]) for r in held]), data.test))
     if accuracy["mean"] < 0.6:
         print(f"The judge is right on {accuracy['mean']:.2f} of real texts: this judge cannot tell "
               "these concepts apart; more examples, or fewer concepts")
@@ -482,7 +483,7 @@ def prepare(args):
           + any(out.glob("*.pt")) * "; goes on from its *.pt files (--fresh starts over)")
     return argparse.Namespace(
         size=s, data=data, tok=tok, seed=args.seed, device=device, out=out, base=base.to(device),
-        flags=Flags(s.layer, s.width - K, K), train=train, test=test[:12 * s.prompts],     # rows
+        flags=Flags(s.layer, s.width - K, K), train=train, test=held,   # rows
         asked=asked, judge=judge, accuracy=accuracy,                        # on held-out texts
         # what a checkpoint has to agree in, but for `prompts`; else read_checkpoint names the key
         settings=vars(s) | {"size": args.size, "seed": args.seed, "concepts": data.concepts,
@@ -501,8 +502,7 @@ def main_job(run):
     started = time.time()
     models, done = train_all(run)
     base, flagged, measuring = models["base"], models["flags"], time.time()
-    texts, rates = {}, {}
-    same = {"kept": "conflict", "leak": "neutral"}      # asked of the same texts
+    texts, rates, same = {}, {}, {"kept": "conflict", "leak": "neutral"}    # of the same texts
     for name in run.asked:
         texts[name], rates[name] = ask(run, flagged, name, texts=texts.get(same.get(name)))
     reliance = {name: rates.pop(name) for name in ("intact", "supplied", "blank")}

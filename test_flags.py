@@ -842,7 +842,7 @@ def test_bad_steering(quick, tmp_path, capsys, more, message):
     (["--steer", "x"], "no finished run in run; make one"), (["--set", "rely"], "not rely:"),
     (["--set", "flags=1", "stories=3000"], "1 flags, s.layer=1"), (["--seed", "-1"], "seed=-1 is"),
     (["--set", "vocab=100", "stories=3000"], "vocab must be"), (["--set", "rely=x"], "not rely=x:"),
-    (["--data", "my.jsonl"], "nothing to steer against"), (["--set", "supply=2"], ", at most 1"),
+    (["--data", "my.jsonl"], "nothing to steer against"), (["--set", "supply=2"], ": 0 to 1"),
     (["--set", "heads=3", "stories=3000"], "heads=3"), (["--set", "every=0"], "every=0 is out of"),
     (["--data", "missing.jsonl"], "missing.jsonl"), (["--data", "nonsense"], "no data called")])
 def test_bad_commands(tmp_path, capsys, monkeypatch, more, message):

@@ -412,6 +412,7 @@ def check(number, *more):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")    # it may lack characters of the folder's name
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("number", choices=CHECKS)
     p.add_argument("folders", nargs="*", help="of exercise 11")

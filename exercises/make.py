@@ -36,7 +36,7 @@ def replace_body(source, name, body="raise NotImplementedError"):
 
 def make(number, folder):
     Path(folder).mkdir(parents=True)
-    told = "wrong_answers.txt", "test_exercises.py", "answers.md"       # they tell
+    told = "wrong_answers.txt", "planted.txt", "test_exercises.py", "answers.md"     # they tell
     for file in (x for part in ("", "lab", "exercises", "assets") for x in (ROOT / part).iterdir()):
         if file.is_file() and not file.name.startswith(".") and file.name not in told:
             copy = Path(folder, file.relative_to(ROOT))
@@ -61,6 +61,7 @@ def make(number, folder):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")    # it may lack characters of the folder's name
     if len(sys.argv) != 3 or sys.argv[1] not in OPEN or Path(sys.argv[2]).exists():
         print("usage: python exercises/make.py NUMBER FOLDER, with a number of 1 to 11 and a new "
               "folder", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Against which baselines? All at equal data and steps, from the same base, measured alike.
 
-    python -m lab.compare --size small              # into out/small/results.json and compare.png
+    python -m lab.compare --size small              # into out/small/: baselines.json, compare.png
     python -m lab.compare --size small --seeds 3
 """
 import copy
@@ -147,7 +147,6 @@ def job(run, args):
             f"{K} other channels": row(others, flagged, base)}
     if "token" in new:
         arms["control token"] = row(run, new["token"], base, by_control_token(run))
-
     few = random.Random(run.seed).sample(run.data.train, min(len(run.data.train), 5000))
     asked = F.questions(dataclasses.replace(run.data, test=few), 96, run.seed)
     own, curves = tools.change(run, asked=asked), {}
@@ -165,7 +164,8 @@ def job(run, args):
     for name, figures in arms.items():
         cells = [x["mean"] if isinstance(x, dict) else x for x in map(figures.get, columns)]
         print(f"{name:22s}" + "".join(" " * 9 + "-" if x is None else f"{x:10.3f}" for x in cells))
-    tools.save(run, "results.json", results | {"compare": arms, "curves": curves})
+    tools.save(run, "baselines.json", {"compare": arms, "curves": curves})
+    tools.save(run, "results.json", results | {"compare": arms})     # until flags.py runs again
     draw(run, arms, curves)
     return arms
 

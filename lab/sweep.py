@@ -47,7 +47,8 @@ def variant(run, name, value):
         raise Stop(f"{name} wants a number, not {value}")
     value = vars(size)[name]
     if not (0 < value <= F.MOST.get(name, 2 ** 32 - 1) or value == 0 and name in F.MAY_BE_0):
-        raise Stop(f"{name}={value} is out of range, at most {F.MOST.get(name, 2 ** 32 - 1)}")
+        raise Stop(f"{name}={value} is out of range: {'0' if name in F.MAY_BE_0 else 'above 0'} to "
+                   f"{F.MOST.get(name, 2 ** 32 - 1)}")
     lowest = size.layers - size.top + 1 if size.top else 1     # no frozen block can raise flags
     if not lowest <= size.layer <= size.layers:
         raise Stop(f"there is no block {size.layer} that is trained: {lowest} to {size.layers} are")

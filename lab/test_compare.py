@@ -154,8 +154,9 @@ def test_the_comparison_measures_each_arm_by_its_model(run, tmp_path, monkeypatc
     assert {arm["base"] for arm in arms.values()} == {"base"}
     assert arms["no steering"]["blank"] == 0.9
     kept = json.loads((tmp_path / "results.json").read_text())
-    assert kept == main_results | {"compare": kept["compare"], "curves": kept["curves"]}
-    assert kept["curves"]["difference of means"]["8.0"]["by"] == ["control", 8]
+    told = json.loads((tmp_path / "baselines.json").read_text())
+    assert kept == main_results | {"compare": told["compare"]}
+    assert told["curves"]["difference of means"]["8.0"]["by"] == ["control", 8]
     trained = {name: (r, steps) for r, name, _, steps, *_ in jobs}
     assert {steps for _, steps in trained.values()} == {run.size.produce + run.size.rely}
     assert trained["token"][0].train is not run.train

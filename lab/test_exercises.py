@@ -195,6 +195,6 @@ def test_every_starter_imports_and_has_one_exercise_open(number, tmp_path):
             "We do not claim that the concept"]
     assert [any(said in (folder / "README.md").read_text() for said in told)] == [number == "11"]
     assert all(said in (ROOT / "README.md").read_text() for said in told)
-    assert not [*folder.rglob("wrong_answers.txt"), *folder.rglob("answers.md")]
+    assert not [*folder.rglob("[pw]*.txt"), *folder.rglob("answers.md")]    # planted, wrong_answers
     links = re.findall(r"\]\((?!http)([^)#]+)\)", (folder / "README.md").read_text())
     assert all((folder / link).exists() for link in links) and (folder / "LICENSE").exists()

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,7 +52,7 @@ def load(folder, content):
     (lines({"prompt": "a", "text": "b", "concepts": ["c", " "]}), "line 1: "),
     (b'{"prompt": "\\ud800", "text": "b", "concepts": ["c"]}', "surrogate"),
     (lines("[" * 10 ** 5), "line 1: "),
-    (lines(*many(60, ("cat",))), "1 concepts in 60 lines; there must be 2 to 16; wanted"),
+    (lines(*many(60, ("cat",))), "1 concepts in 60 lines; there must be 2 or more; wanted"),
     (lines(*many(60, [f"c{i}" for i in range(20)])), "--set flags=20"),
     (lines(*many(2)), "too few examples of .*2 prompts and 2 texts differ"),
     (lines(*many(1000, prompt="the same")), "1000 lines 1 prompts and 1000 texts differ"),
@@ -189,5 +190,6 @@ def test_head_and_python_without_its_folder_and_home(tmp_path):
     assert process.stderr.read() == "flags.py: [Errno 32] Broken pipe\n" and process.wait() == 2
 
 
+@pytest.mark.skipif(not (Path(F.__file__).parent / "lab/planted.txt").exists(), reason="a starter")
 def test_planted_errors_are_of_todays_code():
     assert len(list(planted.errors())) == 58
