@@ -36,7 +36,8 @@ def wordnet(part):
 
 def debian():
     """The entries of Debian's list of packages, as dictionaries."""
-    listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True)
+    listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, check=True,
+                            encoding="utf-8")
     for entry in listed.stdout.split("\n\n"):
         fields = re.findall(r"^(Package|Description|Section|Tag): (.*(?:\n .*)*)", entry, re.M)
         yield {name: text.split("\n")[0] if name != "Tag" else text for name, text in fields}
@@ -127,7 +128,7 @@ def save(path, items, most=16, least=100):
     kept = {concept for concept, n in counts.most_common(most) if n >= least}
     items = [(prompt, text, [concept for concept in concepts if concept in kept])
              for prompt, text, concepts in items if kept & {*concepts} and text.strip()]
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for prompt, text, concepts in items:
             line = {"prompt": prompt, "text": text, "concepts": concepts}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
