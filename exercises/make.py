@@ -1,7 +1,7 @@
 """Make a starter folder for one exercise: `python exercises/make.py 3 ../my-folder`.
 
 The functions of the exercise are emptied below their docstrings; all else is solved. What prints
-the answer is cut from the README.
+the answer is cut from the README; so is the lab book.
 """
 import ast
 import re
@@ -57,6 +57,7 @@ def make(number, folder):
         readme = re.sub(r"Four things to notice\..*?(?=\*\*Your own data)",
                         "(cut: it answers the exercises)\n\n", readme, flags=re.S)
         readme = re.sub(r"We do not claim that the concept.*", "(cut)", readme)
+        Path(folder, "lab/README.md").write_text("(cut: the lab book tells the answers)\n")
     Path(folder, "README.md").write_text(readme, "utf-8")
 
 
