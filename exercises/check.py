@@ -70,7 +70,7 @@ def steer(F):
 def pad(D):
     row = lambda prompt, text, *label: D.Row(prompt, text, label)
     b = D.pad(rows := [row([98], [98, 97], 1., 0.), row([99, 1, 2], [3, 0, 99], 0., 1.)])
-    yield b.idx.shape == (2, 8), "the longest row of idx has 5 tokens: 8 is enough"
+    yield b.idx.shape == (2, 8), "the longest row of idx has 5 tokens, so T is 8: a multiple of 8"
     yield (b.idx.tolist() == [[98] * 8, [99, 1, 2, 3, 0] + [98] * 3],
            "idx: prompt and text but for the last token, then the first token of the first row as "
            "padding")
@@ -115,7 +115,8 @@ def install_write(F, D):
                        "a target is >= 0 (0 is a token) the slice is height x y, after EVERY block "
                        "from k on")
     half = F.install(F.Flags(1, FIRST, K, 2.0), batch([.1] * 3), 1.0)[0](1, xs[0].bfloat16(), POS)
-    yield half.itemsize == 2 and same(half[1, 0, SLICE], 2 * y[1]), "flags has k, height; x a dtype"
+    yield (half.itemsize == 2 and same(half[1, 0, SLICE], 2 * y[1]),
+           "k and height are those of `flags`; x keeps its dtype")
 
 
 def install_loss(F, D):
@@ -221,14 +222,15 @@ def means(compare, F, D):
         found = compare.means(run, SimpleNamespace(config=SimpleNamespace(n_embd=6)), batches=2)
     a = torch.cat([x[0, 1:4], x[2, 4:]]).mean(0)
     b = torch.cat([x[1], x[2, 4:], x[3, 1:2]]).mean(0)
-    yield asked == [(100, 3, 0.0)] * 2, "batches of 100, by run.seed, all with their prompts"
+    yield (asked == [(100, 3, 0.0)] * 2,
+           "steps 0 ... batches - 1, each of 100, by run.seed, with all prompts")
     yield found.shape == (2, 6), "one direction for each concept: (K, C)"
     yield (same(found.sum(0), torch.zeros(6)),
-           "centre: take away the mean over concepts, what all share is no direction")
+           "take away the mean of the K rows, each weighing the same: what all share is none")
     yield (same(found, torch.stack([a, b]) - (a + b) / 2),
-           "the stream after block k, at flag positions alone (no padding), each "
-           "position of all batches weighing the same (no mean of means); a text with two concepts "
-           "counts for both")
+           "each concept's mean, less the mean of all K rows: the stream after block k, at flag "
+           "positions alone (no padding), each position of all batches weighing the same (no "
+           "mean of means); a text with two concepts counts for both")
 
 
 def ridge(probe):
@@ -266,36 +268,39 @@ def ridge(probe):
 def route(compare, F, D):
     decoded = {5: " crab", 6: " crabs", 7: "Cow", 8: " ice"}
     tok = SimpleNamespace(n_vocab=12, decode=lambda ids: decoded.get(ids[0], "?"))
-    batch = D.Batch(torch.tensor([[9, 5, 5, 6, 7, 8]]), torch.tensor([[-100, 5, 6, 7, 8, -100]]),
-                    torch.tensor([[1., 1, 0]]), torch.zeros(1))
+    idx, targets = torch.tensor([[9, 5, 5, 6, 7, 8], [-100, 5, 6, 7, 8, -100]])
+    batch = D.Batch(idx.expand(2, 6), targets.expand(2, 6), torch.tensor([[1., 1, 0], [0, 0, 1]]),
+                    torch.zeros(2))
 
     def grad(words, layer):
         run = SimpleNamespace(
             flags=F.Flags(2, FIRST, K, H), tok=tok, device=torch.device("cpu"),
             data=SimpleNamespace(concepts=["sea", "farm", "ice"], words=words),
             size=SimpleNamespace(layers=4, width=C))
-        x = torch.randn(1, 6, C, requires_grad=True)
+        x = torch.randn(2, 6, C, requires_grad=True)
         edit, flag_loss = compare.route(run)(0, batch)
-        z = edit(layer, x, None)
+        z = edit(layer, x + 0, None)
         (z.sum() + flag_loss() + 0 * x.sum()).backward()
-        return torch.equal(z, x), x.grad[0]
+        return torch.equal(z, x), x.grad
     words = {"crab": "sea", "crabsticks": "sea", "cow": "farm", "ice": "ice"}
-    full, wanted, text = torch.ones(3, 6, C)
-    wanted[[1, 3]] = 0
-    wanted[[1, 3], [13, 14]] = 1
-    text[1:5] = 0
-    text[1:5, 13:15] = 1
+    full, wanted, text = torch.ones(3, 2, 6, C)
+    for b, t, channel in ((0, 1, 13), (0, 3, 14), (1, 4, 15)):
+        wanted[b, t] = 0
+        wanted[b, t, channel] = 1
+    text[:, 1:5] = 0
+    text[0, 1:5, 13:15] = text[1, 1:5, 15] = 1
     yield grad(words, 2)[0], "nothing changes forwards: x.detach() where no gradient shall pass"
     for layer in (1, 4):
         yield (same(grad(words, layer)[1], full), f"block {layer} is outside k ... L - 1 (here 2 "
                "and 3): all gradient passes; the last block is free")
     for layer in (2, 3):
         got = grad(words, layer)[1]
-        yield same(got[3], wanted[3]), "' Cow', 'cow' and 'Cow' are one word: strip it, lower case"
-        yield (same(got[4], wanted[4]),
-               "'ice' is no concept of THIS text (its label y is 0): all passes")
-        yield (same(got, wanted),
-               "where the TARGET (not idx) is a concept's whole word, its one channel passes alone")
+        yield (same(got[0, 3], wanted[0, 3]), f"block {layer}, target 'Cow' (not idx), y has farm: "
+               "channel 14 alone passes; compare in lower case")
+        yield (same(got[0, 4], wanted[0, 4]),
+               "where the target is no word of THIS text's concepts ('ice': y is 0), all passes")
+        yield (same(got, wanted), "target ' crab' (strip it): channel 13 alone passes; ' crabs' is "
+               "no whole word: all passes; and each row has a y of its own")
     yield same(grad(None, 2)[1], text), "no list of words: all text positions, all flags with y = 1"
 
 
@@ -406,8 +411,9 @@ def check(number, *more):
             said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             hints.append(f"{said} ({Path(frame.filename).name}, line {frame.lineno})")
             if frame.filename == __file__:      # what it returned was of no use
-                hints[-1] += (": does it return what its docstring says?" + " An edit returns x, "
-                              "install a pair" * (number in ("1", "3", "4", "9")))
+                hints[-1] = said + ": does it return what its docstring says?"
+                if number in "1349":
+                    hints[-1] += " An edit returns x; install, or a method, a pair of functions"
     return hints.count(""), total, min(hints, key=lambda h: (h == "", "not written yet" in h))
 
 

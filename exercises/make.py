@@ -57,8 +57,12 @@ def make(number, folder):
         readme = re.sub(r"Four things to notice\..*?(?=\*\*Your own data)",
                         "(cut: it answers the exercises)\n\n", readme, flags=re.S)
         readme = re.sub(r"We do not claim that the concept.*", "(cut)", readme)
+        for picture in ("compare.png", "probe.png"):
+            Path(folder, "assets", picture).unlink()
         Path(folder, "lab/README.md").write_text("(cut: the lab book tells the answers)\n")
     Path(folder, "README.md").write_text(readme, "utf-8")
+    sheet = Path(folder, "exercises/README.md")
+    sheet.write_text(sheet.read_text("utf-8").split("## For instructors")[0], "utf-8")
 
 
 if __name__ == "__main__":

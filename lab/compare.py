@@ -64,8 +64,8 @@ def by_control_token(run):
 @torch.no_grad()
 def means(run, model, batches=20):
     """Difference of means (Marks and Tegmark 2023): each concept's mean of the stream after block k
-    (F.streams) over the flag positions of its examples, minus the mean over concepts: (K, C). Every
-    position weighs the same. Examples: D.batch(run.train, step, 100, run.seed), step < batches."""
+    (F.streams) over the flag positions of its examples, minus the mean of these K rows: (K, C), on
+    run.device. All positions weigh the same. D.batch(run.train, step < batches, 100, run.seed)."""
     K = len(run.data.concepts)
     total = torch.zeros(K, model.config.n_embd, device=run.device)
     number = torch.zeros(K, 1, device=run.device)
@@ -99,10 +99,10 @@ def by_replacing(run, model, directions):
 
 def route(run):
     """Gradient routing (Cloud et al. 2024) to the same channels: where the target is a token that
-    is a concept's whole word (no list of words: any token), only this concept's channel passes
-    gradient down from the layers k ... L - 1; elsewhere all do. Words are compared stripped and in
+    is a concept's whole word (no list of words: any token of the text), only its channel passes
+    gradient down from the layers k ... L - 1; elsewhere all do. Tokens are decoded, stripped, in
     lower case, and count only if the text's label y has their concept. The last block is free to
-    read the channel, as theirs are. Returns a method for flags.train; its flag loss is 0."""
+    read the channel, as in the paper. Returns method(step, batch) -> (edit, flag_loss() of 0)."""
     flags, names, words = run.flags, run.data.concepts, run.data.words
     belongs = torch.full((run.tok.n_vocab, len(names)), not words, device=run.device)   # (V, K)
     for i in range(run.tok.n_vocab) if words else []:

@@ -87,8 +87,8 @@ def test_difference_of_means_by_hand(monkeypatch):
     streams = iter((x[:2], x[2:]))
     monkeypatch.setattr(D, "batch", lambda rows, step, *args: batches[step])
     monkeypatch.setattr(F, "streams", lambda model, idx: [None, next(streams)])
-    run = SimpleNamespace(data=SimpleNamespace(concepts=["a", "b"]), device="cpu", train=None,
-                          seed=0, flags=F.Flags(2, 4, 2))
+    run = SimpleNamespace(data=SimpleNamespace(concepts=["a", "b"]), device=torch.device("cpu"),
+                          train=None, seed=0, flags=F.Flags(2, 4, 2), size=F.Size(width=6, flags=2))
     a = torch.cat([x[0, 1:4], x[2, 4:]]).mean(0)
     b = torch.cat([x[1], x[2, 4:], x[3, 1:2]]).mean(0)
     found = compare.means(run, SimpleNamespace(config=SimpleNamespace(n_embd=6)), batches=2)
