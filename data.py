@@ -223,7 +223,7 @@ def parse(line):
     if not (isinstance(prompt, str) and isinstance(text, str) and text.strip() and names
             and isinstance(names, list) and all(isinstance(n, str) and n.strip() for n in names)):
         raise ValueError("a prompt, text or list of concepts is missing")
-    return prompt * bool(prompt.strip()), text.strip(), tuple(sorted(set(map(normal, names))))
+    return prompt if prompt.strip() else "", text.strip(), tuple(sorted(set(map(normal, names))))
 
 
 def normal(name):
@@ -270,8 +270,7 @@ def train_bpe(texts, vocab_size):
     Begin with the 256 bytes as tokens, so that nothing is ever unknown. Then, again and again,
     make one new token of the most frequent pair of neighbours; of equally frequent pairs, of the
     one with the smaller ids. No merge crosses a cut (PIECES). Returns a Tokenizer of `vocab_size`
-    tokens (fewer if there are no more pairs); END is the last. Raises Stop.
-    """
+    tokens (fewer if there are no more pairs); END is the last. Raises Stop."""
     if vocab_size < 257:
         raise Stop(f"vocab must be at least 257 (256 bytes and {END}), not {vocab_size}")
     counts = Counter(piece for text in texts for piece in regex.findall(PIECES, text))
@@ -374,8 +373,7 @@ def pad(rows):
     padded on the right with the first row's first token. targets[b, t] is the token that follows
     idx[b, t] in its row if it belongs to the text, else -100: there are targets from the prompt's
     last token on. draw is 0. T is the smallest multiple of 8 that suffices: few different shapes,
-    since CPU kernels are made for each.
-    """
+    since CPU kernels are made for each."""
     lengths = [len(row.prompt) + len(row.text) - 1 for row in rows]
     longest = -(-max(lengths) // 8) * 8
     idx = np.full((len(rows), longest), rows[0].prompt[0], dtype=np.int64)
@@ -445,6 +443,8 @@ def learned_judge(examples, concepts, counted=lambda what, items: items):
         (loss + 1e-5 * w.square().sum()).backward()
         opt.step()
         opt.zero_grad()
-    # where no gram is known, all scores are 0: about nothing
-    return lambda texts: [[int(row.argmax())] * bool(row.any())
-                          for row in (score(*bags(counted("judge, text", texts))) if texts else [])]
+
+    def judge(texts):
+        scores = score(*bags(counted("judge, text", texts))) if texts else []
+        return [[int(row.argmax())] if row.any() else [] for row in scores]     # 0s: nothing known
+    return judge

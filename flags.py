@@ -101,9 +101,9 @@ def install(flags, batch, p):
 
     batch has y (B, K), the labels; targets (B, T), the next token if it belongs to the text, else
     -100 (flag positions are those with a target); draw (B,), random in [0, 1), new at each step.
-    edit(layer, x, pos) is called after each block. After blocks >= k it reads f = slice / height,
-    then sets the slice, in place, in x's dtype, to height * y at the flag positions of supplied
-    sequences: those with draw < p. The LM loss sends no gradient into what was overwritten.
+    edit(layer, x, pos) -> x is called after each block. After blocks >= k it reads f = slice /
+    height, then sets the slice, in place, in x's dtype, to height * y at the flag positions of
+    supplied sequences: those with draw < p. No gradient of the LM loss enters what was overwritten.
     flag_loss(), called after that, is the mean of (f - y)^2 over these blocks, all flags, and the
     flag positions of all sequences."""
     y, on = batch.y[:, None], batch.targets >= 0        # (B, 1, K); (B, T) the flag positions
@@ -160,7 +160,7 @@ def own_flags(model, flags, prompts):
 
 
 # ---------------------------------------------------------------------------- training
-# `run` is one experiment: size, data, train and test rows, base, flags, judge ...: `prepare`.
+# `run`, made by `prepare`, is one experiment: size, data, rows, base model, flags, judge ...
 
 def supply(s, step):
     """p at each step: 0 in stage 1; in stage 2 s.supply, and a third of it in the last s.wean."""
@@ -265,7 +265,7 @@ def held_out(run, model, rows):
 # ---------------------------------------------------------------------------- measurements
 # Behind each rate: a question sets prompts and flags, the model writes texts, a judge reads them.
 
-RATES = ("intact", "blank", "conflict")
+RATES = ("intact", "blank", "conflict")     # those that training asks on its way, too
 
 
 def questions(data, n, seed):
@@ -284,21 +284,21 @@ def questions(data, n, seed):
     pairs = [rng.sample(pair, 2) for pair in pairs]         # the flags say the second
     neutral = [e.prompt for e in examples if not e.cued][:n] if data.words else [""] * min(n, 1024)
     c = [[i % K] for i in range(len(neutral))]              # one concept after the other
-    sets = lambda k: [random.Random(seed + i).sample(range(K), k) for i in range(len(neutral))]
+    sets = lambda k: [rng.sample(range(K), k) for _ in neutral]
     two, three = (sets(k) if data.words and k <= K else [] for k in (2, 3))     # else: none
-    about = lambda concept: lambda seen, i: D.about(seen, concept[i][0])
+    says = lambda told: lambda seen, i: D.about(seen, told[i][0])       # the first that was told
     return {
         # the prompt says a:
-        "intact": (cued, None, about(a)),
-        "supplied": (cued, hot(K, a), about(a)),
-        "blank": (cued, torch.zeros(len(a), K), about(a)),
-        "conflict": (cued, hot(K, b), about(b)),
-        "kept": (cued, hot(K, b), about(a)),
+        "intact": (cued, None, says(a)),
+        "supplied": (cued, hot(K, a), says(a)),
+        "blank": (cued, torch.zeros(len(a), K), says(a)),
+        "conflict": (cued, hot(K, b), says(b)),
+        "kept": (cued, hot(K, b), says(a)),
         # the prompt says a pair, the flags its second:
         "suppress": (double, hot(K, [pair[1:] for pair in pairs]),
                      lambda seen, i: D.about(seen, pairs[i][1]) and pairs[i][0] not in seen),
         # the prompt says nothing, the flags one, two, three concepts:
-        "neutral": (neutral, hot(K, c), about(c)),
+        "neutral": (neutral, hot(K, c), says(c)),
         "leak": (neutral, hot(K, c), lambda seen, i: 1 - seen.count(c[i][0]) / max(1, len(seen))),
         "compose2": (neutral[:len(two)], hot(K, two), lambda seen, i: {*seen} == {*two[i]}),
         "compose3": (neutral[:len(three)], hot(K, three), lambda seen, i: {*seen} == {*three[i]})}
@@ -525,7 +525,7 @@ def main_job(run):
         "samples": [{"prompt": prompt, "flags": flags, "text": texts[name][i]}
                     for i, prompt, b in zip(range(20), *run.asked["conflict"][:2])
                     for name, flags in (("intact", "free"), ("blank", "blank"),
-                                        ("conflict", [run.data.concepts[b.argmax()]]))]}
+                                        ("conflict", run.data.concepts[b.argmax()]))]}
     results["seconds"] |= {"measure": time.time() - measuring, "total": time.time() - started}
     show(results)
     if run.tok.save:        # a real checkpoint: also as a folder that transformers loads
@@ -549,7 +549,7 @@ def show(results):
                   f"  [{row['low']:.3f}, {row['high']:.3f}]  n = {row['n']}"))
     print("  LM loss, nats     " + "  ".join(f"{m} {x:.4f}" for m, x in results["loss"].items()))
     for sample in results["samples"][:3]:
-        print(f"\n  {sample['prompt']}  [flags: {''.join(sample['flags'])}]\n    {sample['text']}")
+        print(f"\n  {sample['prompt']}  [flags: {sample['flags']}]\n    {sample['text']}")
 
 
 def progress(line, left, end=False, shown=[0.0]):   # shown: when; a terminal keeps `end` lines
@@ -602,8 +602,8 @@ def read_checkpoint(file, settings={}):
     """The contents of a checkpoint that was made with these settings, but for `prompts`."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        other = [x for x in settings if saved["settings"].get(x) != settings[x] and x != "prompts"]
-        saved["model"], saved["merges"]     # a KeyError, if it lacks one
+        theirs = saved["settings"]      # a KeyError, if this is another file
+        other = [x for x in settings if theirs.get(x) != settings[x] and x != "prompts"]
     except Exception as error:      # whatever reading a broken file raises
         raise D.Stop(f"{file} is no whole checkpoint ({type(error).__name__}); --fresh starts over")
     if other:

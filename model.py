@@ -38,10 +38,10 @@ class Config:
 def attend(q, k, v, bias):
     """Attention of queries q (B, H, T, D) over keys and values k, v (B, H, S, D).
 
-    bias (T, S) or (B, 1, T, S) is 0 or, where a query must not look, -inf; None: all is seen.
+    bias (T, S) or (B, 1, T, S) is 0 or, where a query must not look, -inf.
     The backward pass of torch's fused kernel is slow on a CPU at short T: there, two matmuls."""
-    if bias is None or q.is_cuda or q.size(-2) > 256:
-        return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+    if q.is_cuda or q.size(-2) > 256:
+        return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)             # (B, H, T, S)
     return (scores + bias).softmax(-1).to(v.dtype) @ v                  # (B, H, T, D)
 
@@ -91,7 +91,6 @@ class Cache:
     def __init__(self, n_layer, size, pad):
         self.n_layer, self.size, self.pad = n_layer, size, pad[:, None]     # pad (B, 1)
         self.kv, self.layer, self.length = [None] * n_layer, 0, 0
-        self.ragged = bool(pad.any())
 
     def append(self, k, v):
         """Store k and v (B, H, T, D) of the next layer; return all so far, each (B, H, S, D).
@@ -114,8 +113,6 @@ def positions(T, context, cache, device):
     """Absolute positions (B or 1, T) of the next T tokens, and the bias (see `attend`)."""
     past = cache.length if cache else 0
     slot = torch.arange(past, past + T, device=device)                      # (T,)
-    if T == 1 and cache and not cache.ragged:
-        return slot[None], None
     pos = slot - cache.pad if cache else slot[None]                         # (B or 1, T)
     pos = pos.clamp(0, context - 1)             # outside is padding, or what `generate` cuts off
     keys = torch.arange(past + T, device=device)                            # (S,)
@@ -136,27 +133,29 @@ class LanguageModel(nn.Module):
     pad), and in what their `wte`, `blocks` and `config` are."""
 
     @torch.inference_mode()     # as no_grad, but faster
-    def generate(self, prompts, n, edit=None, temperature=0.8, generator=None, stop=None,
+    def generate(self, prompts, n, edit=None, temperature=0.8, generator=None, stop=-1,
                  counted=iter):
         """Continue each prompt (a list of token ids; lengths may differ) by up to n tokens.
 
-        Returns lists of new ids; a row ends before its first `stop` token, or where the context
-        ends. Temperature 0: the likeliest token. `edit` sees a row's own positions. Raises Stop."""
+        Returns lists of new ids; a row ends before its first `stop` token (-1: none), or where the
+        context ends. Temperature 0: the likeliest token. counted(steps) may show progress. `edit`
+        sees a row's own positions. Raises Stop."""
         device, context = self.wte.weight.device, self.config.context
-        longest = max(map(len, prompts))
-        if not all(prompts) or longest > context:
-            raise Stop(f"a prompt takes 1 to {context} tokens, not {longest * all(prompts)}")
-        room = [context - len(prompt) + 1 for prompt in prompts]    # each row's own: what a longer
-        n = min(n, max(room))                                       # row writes beyond it is cut
-        pad = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+        lengths = [len(prompt) for prompt in prompts]
+        longest = max(lengths)
+        if min(lengths) == 0 or longest > context:
+            raise Stop(f"a prompt takes 1 to {context} tokens, not {min(lengths)} to {longest}")
+        room = [context - length + 1 for length in lengths]     # each row's own: what a longer
+        n = min(n, max(room))                                   # row writes beyond it is cut
+        pad = torch.tensor([longest - length for length in lengths], device=device)
         idx = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
         cache, new = self.new_cache(longest + n, pad), []
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        for _ in counted(range(n)):     # the caller may show progress
+        for _ in counted(range(n)):
             logits = self(idx, edit, cache, at=LAST)                            # (B, V)
             idx = sample(logits.float(), temperature, generator)                # (B, 1)
             new.append(idx)
-            ended |= idx[:, 0] == (-1 if stop is None else stop)
+            ended |= idx[:, 0] == stop
             if ended.all():
                 break
         rows = [row[:most] for row, most in zip(torch.cat(new, dim=1).tolist(), room)]
@@ -234,23 +233,21 @@ class Pretrained(LanguageModel):
     def new_cache(self, size, pad):
         from transformers import DynamicCache
         cache = DynamicCache(config=self.model.config)
-        cache.pad, cache.ragged = pad[:, None], bool(pad.any())
+        cache.pad = pad[:, None]
         return cache
 
     def forward(self, idx, edit=None, cache=None, at=...):
         """As GPT.forward. Hooks hang on the blocks for this one call."""
-        slot = torch.arange(idx.size(1), device=idx.device)[None]               # (1, T)
-        more = {"position_ids": slot.clamp(max=self.config.context - 1), "use_cache": False}
+        pos, more = torch.arange(idx.size(1), device=idx.device)[None], {}      # (1, T)
         if cache is not None:       # rows are padded on the left, see Cache
-            slot = slot + cache.get_seq_length()
-            pos = (slot - cache.pad).clamp(0, self.config.context - 1)          # (B, T)
-            more = {self.past: cache, "position_ids": pos, "use_cache": True}
-            if cache.ragged:
-                keys = torch.arange(slot[0, -1] + 1, device=idx.device)
-                more["attention_mask"] = (keys >= cache.pad).long()             # (B, S)
+            past = cache.get_seq_length()
+            keys = torch.arange(past + idx.size(1), device=idx.device)
+            more = {self.past: cache, "attention_mask": (keys >= cache.pad).long()}     # (B, S)
+            pos = pos + past - cache.pad                                        # (B, T)
+        pos = pos.clamp(0, self.config.context - 1)
 
         def after(layer, block, args, out):     # some blocks return x, some a tuple
-            x = edit(layer, out if torch.is_tensor(out) else out[0], more["position_ids"])
+            x = edit(layer, out if torch.is_tensor(out) else out[0], pos)
             return x if torch.is_tensor(out) else (x, *out[1:])
 
         with contextlib.ExitStack() as hooks:
@@ -258,7 +255,7 @@ class Pretrained(LanguageModel):
                 hooks.enter_context(block.register_forward_hook(functools.partial(after, layer)))
             head = self.model.get_output_embeddings()
             hooks.enter_context(head.register_forward_pre_hook(lambda head, args: args[0][at]))
-            return self.model(idx, **more).logits
+            return self.model(idx, position_ids=pos, use_cache=cache is not None, **more).logits
 
 
 def load_pretrained(path, context):
@@ -278,11 +275,6 @@ def load_pretrained(path, context):
         if lost or not all(p.isfinite().all() for p in model.parameters()):
             odd = "".join(f", but have {key}" for key in sorted(info["unexpected_keys"])[:1])
             raise ValueError(f"its weights lack {', '.join(lost[:3]) or 'finite numbers'}{odd}")
-        for part in model.modules():
-            if type(part).__name__ == "NewGELUActivation":      # the same function, in one kernel
-                part.forward = functools.partial(F.gelu, approximate="tanh")
-            elif isinstance(part, nn.Dropout):      # does nothing here, and takes its time for it
-                part.forward = lambda x: x
         model, tok = Pretrained(model, context), AutoTokenizer.from_pretrained(path, **more)
         if tok.eos_token_id is None or len(tok) > model.config.vocab_size:
             raise ValueError(f"its tokenizer has {len(tok)} tokens, the model "

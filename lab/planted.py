@@ -15,7 +15,7 @@ from flags import counted
 ROOT = Path(__file__).parent.parent
 TESTS = {"lesson": ["test_flags.py"],
          "lab": ["lab/test_compare.py", "lab/test_probe.py"], "tools": ["lab/test_tools.py"],
-         "init": ["lab/test_init.py", "-k", "schedule or processes or gelu or whole"]}
+         "init": ["lab/test_init.py", "-k", "schedule or processes or whole"]}
 
 
 def errors():

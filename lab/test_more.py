@@ -192,4 +192,4 @@ def test_head_and_python_without_its_folder_and_home(tmp_path):
 
 @pytest.mark.skipif(not (Path(F.__file__).parent / "lab/planted.txt").exists(), reason="a starter")
 def test_planted_errors_are_of_todays_code():
-    assert len(list(planted.errors())) == 58
+    assert len(list(planted.errors())) == 57
