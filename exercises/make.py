@@ -54,8 +54,8 @@ def make(number, folder):
         return "(cut: it is the exercise)" if any(a in block[0] for a in answers) else block[0]
     readme = re.sub(r"```python\n.*?```", cut, (ROOT / "README.md").read_text("utf-8"), flags=re.S)
     if number != "11":      # what they ask to predict
-        readme = re.sub(r"Four things to notice\..*?(?=\*\*Your own data)",
-                        "(cut: it answers the exercises)\n\n", readme, flags=re.S)
+        for part in (r"Four things to notice\..*?(?=## Use it)", r"## Results.*"):
+            readme = re.sub(part, "(cut: it answers the exercises)\n\n", readme, flags=re.S)
         readme = re.sub(r"We do not claim that the concept.*", "(cut)", readme)
         for picture in ("compare.png", "probe.png"):
             Path(folder, "assets", picture).unlink()

@@ -185,10 +185,10 @@ def draw(run, arms, curves):
                             xytext=(3, -9), textcoords="offset points")
     points = sorted((place(figures)[::-1], name) for name, figures in arms.items()
                     if figures["nll_gap"])
-    for (y, x), name in points:     # left, right: labels one above the other, if the points are one
+    for i, ((y, x), name) in enumerate(points):     # labels one above the other, left and right
         height = last[x > 2] = max(y, last.get(x > 2, -np.inf) + 0.05)
-        ax.plot(x, y, "o", alpha=0.7)
-        ax.annotate(name, (x, y), xytext=(ends.get(name, x) + 0.1, height), fontsize=9, va="center")
+        ax.plot(x, y, f"C{i}o", alpha=0.7)
+        ax.text(ends.get(name, x) + 0.1, height, name, color=f"C{i}", fontsize=9, va="center")
     ax.set(xlabel="nll_gap: how much less likely than real text (nats per token)",
            ylabel="conflict: the text follows the flags", ylim=(-0.07, 1.1),
            xlim=(min([-0.3, *(x - 0.1 for (_, x), _ in points)]), 1.35 * max([1, *ends.values()])))
