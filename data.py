@@ -267,10 +267,10 @@ class Tokenizer:
 def train_bpe(texts, vocab_size):
     """Byte-pair encoding (Sennrich et al. 2016) on bytes (GPT-2: Radford et al. 2019).
 
-    Begin with the 256 bytes as tokens, so that nothing is ever unknown. Then, again and again,
-    make one new token of the most frequent pair of neighbours; of equally frequent pairs, of the
-    one with the smaller ids. No merge crosses a cut (PIECES). Returns a Tokenizer of `vocab_size`
-    tokens (fewer if there are no more pairs); END is the last. Raises Stop."""
+    Begin with the 256 bytes as tokens, so that nothing is unknown. Then, again and again, make one
+    new token of the most frequent pair of neighbours (of equals: of the smaller (id, id)), from
+    left to right; no merge crosses a cut (PIECES). Returns a Tokenizer of `vocab_size` tokens
+    (fewer if there are no more pairs); END is the last. Raises Stop if vocab_size < 257."""
     if vocab_size < 257:
         raise Stop(f"vocab must be at least 257 (256 bytes and {END}), not {vocab_size}")
     counts = Counter(piece for text in texts for piece in regex.findall(PIECES, text))

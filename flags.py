@@ -390,7 +390,7 @@ def reading(run, model):
 
 
 def auc(scores, labels):
-    """Area under the ROC curve: how often a 1 scores above a 0; a tie counts half. A float."""
+    """AUC, a float: how often a 1 of `labels` (bool or float) scores above a 0; a tie: half."""
     positive, negative = scores[labels > 0.5], scores[labels <= 0.5]
     return ((positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)).mean().item()
 

@@ -56,8 +56,12 @@ def steer(F):
     yield (same(y[0, 0, SLICE], H * values[0]), "while decoding, x is one token: compare start "
            "with pos, not with x's own index, and anew at each call")
     yield same(y[1], x[1]), "row 1 starts at 6, this is position 5: each row has a start of its own"
-    e = F.steer(F.Flags(1, FIRST, K, 2.0), torch.tensor([0]), torch.tensor([[0, .5, 1]]))
-    yield e(1, x[:1] + 0, pos[:, :1])[0, 0, SLICE].tolist() == [0, 1, 2], "0 and .5 are values, too"
+    y = edit(2, x.clone(), torch.tensor([[2], [7]]))
+    yield (same(y[0], x[0]) and same(y[1, 0, SLICE], H * values[1]),
+           "pos (B, T): where prompts differ in length each row has positions of its own")
+    e = F.steer(F.Flags(1, FIRST, K, 2.5), torch.tensor([0]), torch.tensor([[-1, .5, 2]]))
+    yield (e(1, x[:1] + 0, pos[:, :1])[0, 0, SLICE].tolist() == [-2.5, 1.25, 5],
+           "the slice is height x value, whatever the two are: here 2.5 x -1, .5 and 2")
     e = F.steer(flags, torch.tensor([0, 0]), torch.zeros(2, K))
     yield not e(2, x0.clone(), pos)[..., SLICE].any(), "a row of zeros is written, too: `blank`"
     half = edit(2, x.bfloat16(), torch.tensor([[7]]))
@@ -192,15 +196,16 @@ def experiment(F, producing):
 
 def auc(F):
     for scores, labels, area, hint in (
-            ([1., 2., 3., 4.], [0, 0, 1, 1], 1, "positives above all negatives: 1 (not reversed)"),
+            ([1., 2., 3., 4.], [0, 0, 1, 1], 1, "positives above all negatives: 1"),
             ([4., 3., 2., 1.], [0, 0, 1, 1], 0, "positives below all negatives: 0"),
+            ([.1, .9, .3, .2, .8], [0, 1, 1, 0, 0], 5 / 6, "count PAIRS of a 1 and a 0, each once"),
             ([1., 2., 3., 3.], [0, 1, 0, 1], 2.5 / 4, "a tie counts half"),
             ([5.] * 9, [0, 1] * 4 + [0], 0.5, "all the same: 0.5"),
-            ([.30, .31], [0, 1], 1, "only what is equal is a tie"),
-            ([.1, .9, .3, .2, .8], [0, 1, 1, 0, 0], 5 / 6, "count PAIRS of a 1 and a 0")):
+            ([.3, .300001], [0, 1], 1, "only what is equal is a tie")):
         found = F.auc(torch.tensor(scores), torch.tensor(labels).float())
         yield abs(found - area) < 1e-6, hint
     yield isinstance(found, float), "return a float"
+    yield F.auc(torch.tensor([.1, .2]), torch.tensor([False, True])) == 1, "labels may be bool"
 
 
 def means(compare, F, D):
@@ -239,24 +244,25 @@ def ridge(probe):
     offset = torch.tensor([5, 5, 5, 5, 5, 5, 0])
     x = torch.randn(50, 7, generator=g) * scale + offset
     y = (torch.randn(50, 3, generator=g) > 0).long()
-    x_test = torch.randn(7, 7, generator=g) * torch.tensor([3, 3, 3, 3, 3, 3, 1e-4]) + offset
+    x_test = torch.randn(7, 7, generator=g) * torch.tensor([3, 3, 3, 3, 3, .01, 1e-4]) + offset
     some, tests = x[:, [0, 3, 4]], x_test[:, [0, 3, 4]]
     near = lambda a, b: a.shape == b.shape and torch.allclose(a.double(), b.double(), atol=1e-3)
-    found, none = probe.ridge(some, y, tests, 1.0), torch.zeros(7, 3)
+    ridge = lambda x, y, x_test, c: probe.ridge(x.clone(), y.clone(), x_test.clone(), c)
+    found, none = ridge(some, y, tests, 1.0), torch.zeros(7, 3)
     yield found.shape == (7, 3), "scores (M, K): one row for each of x_test"
-    yield (near(found, probe.ridge(9 * some + 5, y, 9 * tests + 5, 1.0)),
+    yield (near(found, ridge(9 * some + 5, y, 9 * tests + 5, 1.0)),
            "standardise x and x_test: neither the unit of a channel nor where its 0 lies matters")
-    yield (near(probe.ridge(some, y, tests[:1].expand(7, 3), 1.0), found[:1].expand(7, 3)),
+    yield (near(ridge(some, y, tests[:1].expand(7, 3), 1.0), found[:1].expand(7, 3)),
            "standardise x_test by the mean and std of x, not by its own")
-    yield (near(probe.ridge(some, y, tests, 1e9), none),
-           "penalty, the argument, is on every weight: on that of the column of ones, too")
-    yield (not near(probe.ridge(0 * some, y, tests, 1.0), none),
+    yield (near(ridge(some, y, tests, 1e9), none),
+           "at penalty 1e9 all scores are near 0: it is on every weight, the column of ones' too")
+    yield (not near(ridge(0 * some, y, tests, 1.0), none),
            "add a column of ones: where x says nothing, the scores are near the mean of y")
     ours, test = x.double(), x_test.double()
     both = (torch.cat([ours, test]) - ours.mean(0)) / ours.std(0).clamp(min=1e-4)
     a, b = torch.cat([both, torch.ones(57, 1)], 1).split([50, 7])
     for penalty in (1.0, 10.0, 0.1):
-        found = probe.ridge(x, y, x_test, penalty)
+        found = ridge(x, y, x_test, penalty)
         yield torch.isfinite(found).all(), "a channel that never changes has std 0: clamp it"
         gram = a.T @ a + penalty * torch.eye(8, dtype=torch.double)
         wanted = b @ torch.linalg.solve(gram, a.T @ y.double())
@@ -305,19 +311,20 @@ def route(compare, F, D):
 
 
 def cache(model):
-    c, seen = model.Cache(2, 8, torch.zeros(1, dtype=torch.int64)), [[], []]
+    c, seen = model.Cache(2, 8, torch.tensor([0, 2, 1])), [[], []]
     for T in (3, 1, 2):
         for layer in (0, 1):
-            k, v = torch.randn(2, 1, 2, T, 4, dtype=torch.bfloat16).unbind(0)
+            k, v = torch.randn(2, 3, 2, T, 4, dtype=torch.bfloat16).unbind(0)
             seen[layer].append((k, v))
             for i, got in enumerate(c.append(k, v)):
                 kv = torch.cat([pair[i] for pair in seen[layer]], 2)
-                yield (got.shape == kv.shape, f"all so far are {kv.size(2)} positions, you gave "
-                       f"{got.size(2)}: length grows by T, after the LAST layer")
+                yield (got.shape == kv.shape, f"all so far are {(*kv.shape,)}, you gave "
+                       f"{(*got.shape,)}: length grows by T, after the LAST layer")
                 yield got.dtype == kv.dtype, "the buffers have k's dtype"
                 yield same(got, kv), "keys are keys and values values; each layer its own, in order"
-    yield (c.length == 6 and got.untyped_storage().nbytes() >= got.nbytes // 6 * 8,
-           "one buffer of `size` positions for each layer, filled: no torch.cat")
+    yield c.length == 6, "length is a number of positions: it grows by T"
+    yield (got.untyped_storage().nbytes() >= got.nbytes // 6 * 8,
+           "return views of one buffer of `size` positions in k's dtype: no torch.cat, no clone")
     k = torch.empty(1, 2, 3, 4, device="meta")
     yield (there(model.Cache(1, 8, torch.zeros(1, dtype=torch.int64)).append, k, k),
            "the buffers are on k's device")
@@ -327,6 +334,10 @@ def bpe(D):
     def made(texts, n):
         tok = D.train_bpe(texts, 257 + n)
         return [tok.decode([256 + i]) for i in range(tok.n_vocab - 257)]
+    tok = D.train_bpe(["abc abc"], 258)
+    yield (tok.n_vocab, tok.end) == (258, 257), "vocab_size tokens in all; END is the last id"
+    yield (len(made(["ab"], 9)) == 1,
+           "fewer merges if there are no more pairs, also of pairs seen once")
     yield (made(["aab aab ab"], 2) == ["ab", "aab"],
            "the most frequent pair first; then count in the merged text")
     yield made(["zy", "yx"], 1) == ["yx"], "of equally frequent pairs the one with the smaller ids"
@@ -341,12 +352,15 @@ def bpe(D):
     yield all(len(a) < 3 for a in made(["a b, a b"], 2)), "no merge crosses a cut"
     yield made(["don't"] * 3, 3) == ["'t", "do", "don"], "cut as PIECES says, not at spaces"
     yield made(["\u00e9\u00e9"], 1) == ["\u00e9"], "bytes, not characters, and all pairs of a piece"
-    yield made(["aaaa"], 2) == ["aa", "aaaa"], "from left to right, without overlap"
-    yield (len(made(["ab"], 9)) == 1,
-           "fewer merges if there are no more pairs, also of pairs seen once")
+    yield (made(["aaaa"], 2) == ["aa", "aaaa"] and made(["aaab"], 2) == ["aa", "ab"],
+           "from left to right, without overlap")
+    yield (made(["ab"] * 3 + ["abc"] * 2 + ["bc"] * 2, 2) == ["ab", "bc"],
+           "a pair that has become rarer still counts, as often as it is left")
+    yield (made(["ab"] * 9 + ["abxyxy"] * 2 + ["mn"] * 3, 4) == ["ab", "xy", "mn", "abxy"],
+           "a merge changes the counts of the pairs beside it alone")
+    yield (made([" ab"], 9)[-1] == " ab" and made(["Ab"] * 2 + ["ab"], 1) == ["Ab"],
+           "texts as they are: no strip, no lower")
     yield made((text for text in ["ab"]), 1) == ["ab"], "texts may be a generator: go through once"
-    tok = D.train_bpe(["ab ab"], 259)
-    yield (tok.n_vocab, tok.end) == (259, 258), "vocab_size tokens in all; END is the last id"
     try:
         D.train_bpe(["a"], 256)
         yield False, "vocab_size 256 leaves no room for END: raise Stop"
@@ -386,12 +400,12 @@ def compose(name="you", folders=()):
 
 
 # number: checks in all, then groups of checks with the modules that they look into
-CHECKS = {"1": (23, (steer, "flags")), "2": (8, (pad, "data")),
+CHECKS = {"1": (24, (steer, "flags")), "2": (8, (pad, "data")),
           "3": (110, (install_write, "flags", "data")), "4": (122, (install_loss, "flags", "data")),
-          "5": (19, (experiment, "flags", "lab.producing")), "6": (7, (auc, "flags")),
+          "5": (19, (experiment, "flags", "lab.producing")), "6": (8, (auc, "flags")),
           "7": (4, (means, "lab.compare", "flags", "data")), "8": (11, (ridge, "lab.probe")),
           "9": (10, (route, "lab.compare", "flags", "data")),
-          "10": (52, (cache, "model"), (bpe, "data")), "11": (10, (compose,))}
+          "10": (56, (cache, "model"), (bpe, "data")), "11": (10, (compose,))}
 
 
 def check(number, *more):

@@ -81,7 +81,7 @@ def test_a_hint_says_what_is_wrong(code, said, monkeypatch):
 
 
 def test_there_are_enough_wrong_answers():
-    assert sum(len(set(wrong_answers(number))) for number in check.CHECKS) == 143
+    assert sum(len(set(wrong_answers(number))) for number in check.CHECKS) == 153
 
 
 def curves_of(run, change):
