@@ -427,6 +427,8 @@ def test_questions_of_each_kind(prepared):
     assert asked["neutral"][1].sum(0).max() <= 2        # each concept in turn
     again, other = (F.questions(stories, 32, seed)["conflict"][1] for seed in (prepared.seed, 1))
     assert torch.equal(again, asked["conflict"][1]) and not torch.equal(other, again)
+    one, two = (F.questions(stories, 32, seed)["compose3"][1] for seed in (7, 8))
+    assert (one[1:] == two[:-1]).all(1).sum() < 9       # seeds have sets of their own
 
 
 @pytest.mark.parametrize("writer, wanted", [    # of whom it is known what they write
