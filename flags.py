@@ -113,7 +113,7 @@ def install(flags, batch, p):
     def edit(layer, x, pos):                            # x (B, T, C), after block `layer`
         if layer >= flags.layer:    # after each later block, too: each may add to the slice
             own = x[..., flags.slice]                   # read: a view of x, (B, T, K)
-            reads.append(own / flags.height)            # a copy: the next line overwrites own
+            reads.append(own / flags.height)            # division copies; own is overwritten next
             x[..., flags.slice] = torch.where(supply_mask, flags.height * y.to(x.dtype), own)
         return x
 
@@ -230,7 +230,7 @@ def train(run, name, model, steps, method=None):
 def train_all(run):
     """The base, then the control and the flags model from it; and what `train` did for each."""
     s, base, steps = run.size, run.base, run.size.produce + run.size.rely
-    done = {"base": train(run, "base", base.requires_grad_(True), s.base)}
+    done = {"base": train(run, "base", base, s.base)}
     run.flags.height = s.height * stream_rms(run, base)
     if s.top:       # everything but the last blocks is frozen
         base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
@@ -284,8 +284,8 @@ def questions(data, n, seed):
     pairs = [rng.sample(pair, 2) for pair in pairs]         # the flags say the second
     neutral = [e.prompt for e in examples if not e.cued][:n] if data.words else [""] * min(n, 1024)
     c = [[i % K] for i in range(len(neutral))]              # one concept after the other
-    sets = lambda k: [rng.sample(range(K), k) for _ in neutral]
-    two, three = (sets(k) if data.words and k <= K else [] for k in (2, 3))     # else: none
+    two, three = ([rng.sample(range(K), k) for _ in neutral if data.words and k <= K]   # or none
+                  for k in (2, 3))
     says = lambda told: lambda seen, i: D.about(seen, told[i][0])       # the first that was told
     return {
         # the prompt says a:
@@ -313,11 +313,10 @@ def continue_texts(run, model, prompts, values=None, by=None):
     """Texts that the model writes after prompts (strings). values (B, K) are what its flags are
     set to; None: they are free. by(ids, values) -> (ids, edit): another way than `steer`."""
     chance = torch.Generator().manual_seed(run.seed)
-    ids = [run.tok.prompt(text)[:run.size.context] for text in prompts]
-    edit = None
+    ids, edit = [run.tok.prompt(text)[:run.size.context] for text in prompts], None
     if values is not None:
-        some = values[:len(ids)]        # of the first prompts alone
-        ids, edit = by(ids, some) if by else (ids, steer(run.flags, last(ids), some))
+        values = values[:len(ids)]      # of the first prompts alone
+        ids, edit = by(ids, values) if by else (ids, steer(run.flags, last(ids), values))
     tokens = lambda steps: counted(f"writing {len(ids)} texts, token", steps)
     new = model.generate(ids, run.size.context, edit, 0.8, chance, run.tok.end, tokens)
     return [run.tok.decode(text).strip() for text in new]
@@ -328,7 +327,7 @@ def ask(run, model, name, n=None, by=None, texts=None):
     prompts, values, score = run.asked[name]
     if not texts:
         texts = continue_texts(run, model, prompts[:n], values, by) if prompts else []
-    return texts, stat(score(text, i) for i, text in enumerate(run.judge(texts)))
+    return texts, stat(score(seen, i) for i, seen in enumerate(run.judge(texts)))
 
 
 def stat(values):
@@ -385,7 +384,7 @@ def reading(run, model):
     own = torch.cat([own_flags(model, run.flags, prompts[i:i + 32]).cpu()
                      for i in counted("reading flags, batch", range(0, len(prompts), 32))])
     y = torch.tensor([[c in e.concepts for c in run.data.concepts] for e in cued])
-    each = [auc(own[:, i], y[:, i]) for i in range(y.size(1)) if 0 < y[:, i].sum() < len(y)]
+    each = [auc(f, told) for f, told in zip(own.T, y.T) if told.any() and not told.all()]
     return {"auc": stat(each), "exact": stat(((own > 0.5) == y).all(1).tolist())}
 
 
@@ -493,7 +492,7 @@ def prepare(args):
 
 def out_folder(args):       # where results go, and where --steer looks for them
     parts = [args.size, args.init and Path(args.init).absolute().name.removesuffix(".gguf"),
-             Path(args.data).stem * (args.data != "stories")]
+             args.data != "stories" and Path(args.data).stem]
     return Path(args.out or "out/" + "-".join(filter(None, parts)))
 
 

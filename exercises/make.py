@@ -57,7 +57,7 @@ def make(number, folder):
         for part in (r"Four things to notice\..*?(?=## Use it)", r"## Results.*"):
             readme = re.sub(part, "(cut: it answers the exercises)\n\n", readme, flags=re.S)
         readme = re.sub(r"We do not claim that the concept.*", "(cut)", readme)
-        for picture in ("compare.png", "probe.png"):
+        for picture in ("compare.png", "probe.png", "sweep-supply.png"):
             Path(folder, "assets", picture).unlink()
         Path(folder, "lab/README.md").write_text("(cut: the lab book tells the answers)\n")
     Path(folder, "README.md").write_text(readme, "utf-8")

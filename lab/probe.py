@@ -140,9 +140,9 @@ def study(run, model):
                              ("as many removed at random", torch.randn(x.size(1), len(means) - 1))):
         texts = flags.continue_texts(run, model, prompts, values, lambda ids, values: (
             ids, remove(run, directions.to(run.device), flags.last(ids))))
-        rates[name] = flags.stat(score(text, i) for i, text in enumerate(run.judge(texts)))
+        rates[name] = flags.stat(score(seen, i) for i, seen in enumerate(run.judge(texts)))
     texts = flags.continue_texts(run, model, prompts, values, held(run, model))
-    rates["intact, held"] = flags.stat(score(text, i) for i, text in enumerate(run.judge(texts)))
+    rates["intact, held"] = flags.stat(score(seen, i) for i, seen in enumerate(run.judge(texts)))
     rates["exact"] = flags.reading(run, model)["exact"]
     return {"loss": flags.held_out(run, model, run.test)[0], "held loss": held_loss(run, model),
             "rates": rates, "probes": read(run, model, 2000)}
