@@ -467,7 +467,7 @@ def prepare(args):
     if not train or not asked["intact"][0]:
         raise D.Stop(f"{args.data}: nothing to steer against: add different prompts of one concept")
     out.mkdir(parents=True, exist_ok=True)
-    judge, held = D.make_judge(data, counted), test[:12 * s.prompts]
+    judge, held = D.make_judge(data, counted), test[:12 * s.prompts]    # enough for a loss
     accuracy = stat(bool(found) and {data.concepts[i] for i in found} <= set(e.concepts)
                     for found, e in zip(judge([tok.decode(r.text[:-1]) for r in held]), data.test))
     if accuracy["mean"] < 0.6:
