@@ -35,7 +35,6 @@ class Example(NamedTuple):
     text: str                   # what it must write
     concepts: tuple[str, ...]   # what the text is about
     cued: bool                  # whether the prompt tells the concepts
-    line: int = 0               # where it stands in a file
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Data:
     name: str                     # "stories", "wordnet" or the file's name
     concepts: list[str]           # flag i means concepts[i]
     train: list[Example]
-    judge: list[Example]          # to train a judge of texts on; [] for stories, whose words decide
+    judge: list[Example]          # to train a judge of texts on (stories: [], words decide)
     test: list[Example]
     words: dict[str, str] | None  # stories: content word -> concept
 
@@ -181,24 +180,24 @@ def load_wordnet(most):
     if not WORDNET.is_file():
         raise Stop(f"there is no {WORDNET}: apt-get install wordnet-base")
     category = {f"{number:02d}": name for name, number in list(LEXNAMES.items())[:most]}
-    items = {}
+    items = []
     for line in WORDNET.read_text("utf-8", "replace").splitlines():
         fields = line.split(" ")
         if line[0] != " " and fields[1] in category:        # the licence is indented
             gloss = line.partition(" | ")[2].partition('; "')[0].strip()
             for lemma in fields[4:4 + 2 * int(fields[3], 16):2]:
-                items[lemma.replace("_", " ") + ":", gloss, (category[fields[1]],)] = 0
+                items.append((lemma.replace("_", " ") + ":", gloss, (category[fields[1]],)))
     return real_data("wordnet", list(category.values()), items)
 
 
 def load_jsonl(path, most):
     """One object a line, as WANTED says; other keys are ignored."""
-    items, number = {}, 0
+    items, number = [], 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 if line.strip(b"\xef\xbb\xbf \t\r\n"):   # the first three: a byte order mark
-                    items.setdefault(parse(line), number)
+                    items.append(parse(line))
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise Stop(f"{path}, line {number}: {error}; wanted: {WANTED}") from None
     concepts = sorted({concept for *_, of in items for concept in of})
@@ -232,10 +231,10 @@ def normal(name):
 
 
 def real_data(name, concepts, items):
-    """Data of items {(prompt, text, concepts): line}. A prompt that stands with several concepts
-    tells none of them."""
+    """Data of items (prompt, text, concepts). A prompt that stands with several concepts tells none
+    of them; of equal items one is left."""
     told = Counter(prompt for prompt, of in {(prompt, of) for prompt, _, of in items if prompt})
-    examples = [Example(*item, told[item[0]] == 1, line) for item, line in items.items()]
+    examples = [Example(*item, told[item[0]] == 1) for item in dict.fromkeys(items)]
     random.Random(0).shuffle(examples)      # files are often sorted by concept
     return Data(name, concepts, *split(examples, train=62, judge=28), None)
 
@@ -342,10 +341,10 @@ def encode(examples, tokenizer, concepts, context):
         # the last token of the text is only predicted, never read: hence the + 1
         rows.append(Row(prompt, text[:context - len(prompt) + 1], label))
         if len(prompt) > context:
-            long.append(f"{e.prompt[:30]!r} in line {e.line}".removesuffix(" in line 0"))
+            long.append(e.prompt)
     if long:
         raise Stop(f"{len(long)} prompts do not fit into this model's context of {context} tokens, "
-                   f"first {long[0]}; shorten them, or train with --set context=...")
+                   f"first {long[0][:30]!r}; shorten them, or train with --set context=...")
     return rows
 
 
@@ -359,8 +358,8 @@ def batch(rows, step, size, seed, no_prompt=0.0):
     epoch, i = divmod(step, per_epoch)
     rng = np.random.default_rng([seed, epoch])
     order, bare = rng.permutation(len(rows))[:per_epoch * size], rng.random(len(rows)) < no_prompt
-    chunk, slot = divmod(rng.permutation(per_epoch)[i], 32)
-    order = order[chunk * 32 * size:(chunk + 1) * 32 * size]
+    chunk, slot = divmod(rng.permutation(per_epoch)[i], 32)     # batch `slot` of this chunk
+    order = order[chunk * 32 * size:(chunk + 1) * 32 * size]    # its rows: 32 batches
     chosen = [rows[j]._replace(prompt=rows[j].prompt[:1]) if bare[j] else rows[j] for j in order]
     chosen.sort(key=lambda row: len(row.prompt) + len(row.text))
     padded = pad(chosen[slot * size:(slot + 1) * size])

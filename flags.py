@@ -230,9 +230,9 @@ def train(run, name, model, steps, method=None):
 def train_all(run):
     """The base, then the control and the flags model from it; and what `train` did for each."""
     s, base, steps = run.size, run.base, run.size.produce + run.size.rely
-    done = {"base": train(run, "base", base, s.base)}
+    done = {"base": train(run, "base", base.requires_grad_(True), s.base)}
     run.flags.height = s.height * stream_rms(run, base)
-    if s.top:       # everything but the last blocks is frozen
+    if s.top:       # everything but the last blocks is frozen (until the next call)
         base.requires_grad_(False).blocks[-s.top:].requires_grad_(True)
     control, flagged = copy.deepcopy(base), copy.deepcopy(base)
     done["control"] = train(run, "control", control, steps)
@@ -250,13 +250,13 @@ def look(run, model, step):
 
 
 @torch.no_grad()
-def held_out(run, model, rows):
-    """LM loss and flag loss on held-out rows, flags free."""
+def held_out(run, model, rows, p=0.0):
+    """LM loss and flag loss on held-out rows, flags free (p = 1: supplied)."""
     rows = sorted(rows, key=lambda row: len(row.prompt) + len(row.text))    # so pads are few
     total = torch.zeros(3)      # LM loss and flag loss, summed over targets; their number
     for i in counted("measuring the loss, batch", range(0, len(rows), 32)):
         batch = D.pad(rows[i:i + 32]).to(run.device)
-        edit, flag_loss = install(run.flags, batch, p=0.0)
+        edit, flag_loss = install(run.flags, batch, p)
         lm, n = lm_loss(model, batch, edit), (batch.targets >= 0).sum()
         total += torch.stack([n * lm, n * flag_loss(), n]).cpu()
     return (total[:2] / total[2]).tolist()

@@ -38,7 +38,7 @@ class Config:
 def attend(q, k, v, bias):
     """Attention of queries q (B, H, T, D) over keys and values k, v (B, H, S, D).
 
-    bias (T, S) or (B, 1, T, S) is 0 or, where a query must not look, -inf.
+    bias (B or 1, 1, T, S) is 0 or, where a query must not look, -inf.
     The backward pass of torch's fused kernel is slow on a CPU at short T: there, two matmuls."""
     if q.is_cuda or q.size(-2) > 256:
         return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
@@ -79,7 +79,7 @@ class Block(nn.Module):
         self.norm1, self.attn = nn.LayerNorm(c.n_embd, bias=False), Attention(c)
         self.norm2, self.mlp = nn.LayerNorm(c.n_embd, bias=False), MLP(c)
 
-    def forward(self, x, bias, cache=None):
+    def forward(self, x, bias, cache):
         x = x + self.attn(self.norm1(x), bias, cache)
         return x + self.mlp(self.norm2(x))
 
@@ -89,7 +89,7 @@ class Cache:
 
     Rows are padded on the left: all end at the same slot, and row b begins at slot pad[b]."""
     def __init__(self, n_layer, size, pad):
-        self.n_layer, self.size, self.pad = n_layer, size, pad[:, None]     # pad (B, 1)
+        self.n_layer, self.size, self.pad = n_layer, size, pad      # pad (B, 1)
         self.kv, self.layer, self.length = [None] * n_layer, 0, 0
 
     def append(self, k, v):
@@ -112,14 +112,13 @@ class Cache:
 def positions(T, context, cache, device):
     """Absolute positions (B or 1, T) of the next T tokens, and the bias (see `attend`)."""
     past = cache.length if cache else 0
+    pad = cache.pad if cache else torch.zeros(1, 1, dtype=torch.int64, device=device)
     slot = torch.arange(past, past + T, device=device)                      # (T,)
-    pos = slot - cache.pad if cache else slot[None]                         # (B or 1, T)
-    pos = pos.clamp(0, context - 1)             # outside is padding, or what `generate` cuts off
     keys = torch.arange(past + T, device=device)                            # (S,)
-    hidden = keys > slot[:, None]                                           # (T, S): the future
-    if cache:   # a padding query sees itself, lest its softmax have nothing to sum over
-        padding = (keys < cache.pad)[:, None] & (slot >= cache.pad)[..., None]      # (B, T, S)
-        hidden = (hidden | padding)[:, None]                                # (B, 1, T, S)
+    pos = (slot - pad).clamp(0, context - 1)    # outside is padding, or what `generate` cuts off
+    future = keys > slot[:, None]                                           # (T, S)
+    padding = (keys < pad)[:, None] & (slot >= pad)[..., None]              # (B or 1, T, S)
+    hidden = (future | padding)[:, None]    # a padding query sees itself: softmax needs something
     return pos, torch.zeros(hidden.shape, device=device).masked_fill(hidden, -math.inf)
 
 
@@ -147,7 +146,7 @@ class LanguageModel(nn.Module):
             raise Stop(f"a prompt takes 1 to {context} tokens, not {min(lengths)} to {longest}")
         room = [context - length + 1 for length in lengths]     # each row's own: what a longer
         n = min(n, max(room))                                   # row writes beyond it is cut
-        pad = torch.tensor([longest - length for length in lengths], device=device)
+        pad = torch.tensor([[longest - length] for length in lengths], device=device)   # (B, 1)
         idx = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
         cache, new = self.new_cache(longest + n, pad), []
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -191,7 +190,7 @@ class GPT(LanguageModel):
     def new_cache(self, size, pad):
         return Cache(self.config.n_layer, size, pad)
 
-    def forward(self, idx, edit=None, cache=None, at=...):
+    def forward(self, idx, edit=None, cache=None, at=...):     # ...: all, as in x[...]
         """Logits (B, T, V) of token ids idx (B, T); if `at` is LAST or a (B, T) mask, those alone.
 
         edit(layer, x, pos) -> x is called after block `layer` (1 ... n_layer) with the residual
@@ -233,7 +232,7 @@ class Pretrained(LanguageModel):
     def new_cache(self, size, pad):
         from transformers import DynamicCache
         cache = DynamicCache(config=self.model.config)
-        cache.pad = pad[:, None]
+        cache.pad = pad
         return cache
 
     def forward(self, idx, edit=None, cache=None, at=...):
@@ -260,7 +259,7 @@ class Pretrained(LanguageModel):
 
 def load_pretrained(path, context):
     """A Pretrained, in float32, of at most `context` positions, and its Tokenizer. Raises Stop."""
-    path, more = Path(path), {"local_files_only": True}
+    path, more = Path(path), {"local_files_only": True, "trust_remote_code": False}
     path.stat()     # a FileNotFoundError says which
     if path.suffix == ".gguf":
         path, more["gguf_file"] = path.parent, path.name
@@ -282,14 +281,14 @@ def load_pretrained(path, context):
         check(model)
     except ImportError as error:
         raise Stop(f"--init needs other packages: pip install transformers, and for a .gguf file "
-                   f"gguf accelerate ({error})") from None
+                   f"gguf accelerate ({' '.join(str(error).split())})") from None
     except Exception as error:      # whatever a broken folder or a strange model raises
         line = str(error).strip().split("\n")[0]
-        name = more.get("gguf_file", "")
+        name, broken = more.get("gguf_file", ""), getattr(error, "doc", "?").encode()
         for file in filter(Path.is_file, path.glob(name or "*.*")):     # the library names none
             if file.open("rb").read(23) == b"version https://git-lfs":
                 line = f"{file.name} is a git-lfs pointer: `git lfs pull` fetches the file"
-            elif file.suffix == ".json" and file.read_bytes() == getattr(error, "doc", "").encode():
+            elif file.suffix == ".json" and file.read_bytes() == broken:
                 line = f"{file.name} is no JSON: {line}"
         raise Stop(f"{path / name} can't be used: {line} ({type(error).__name__})") from None
     plain = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)

@@ -25,12 +25,12 @@ def find(source, name):
     return node
 
 
-def replace_body(source, name, body="raise NotImplementedError"):
-    """The source with another body below the function's docstring, and the lines of the old one."""
+def empty(source, name):
+    """The source with no body below the function's docstring, and the lines of the old one."""
     node, lines = find(source, name), source.splitlines()
-    indent, begin = " " * (node.col_offset + 4), node.body[0].end_lineno
+    begin = node.body[0].end_lineno
     old = lines[begin:node.end_lineno]
-    new = [indent + line if line else "" for line in body.splitlines()]
+    new = [" " * (node.col_offset + 4) + "raise NotImplementedError"]
     return "\n".join(lines[:begin] + new + lines[node.end_lineno:]) + "\n", old
 
 
@@ -45,7 +45,7 @@ def make(number, folder):
     answers = set()
     for file, name in (entry.split() for entry in OPEN[number]):
         path = Path(folder, file)
-        source, old = replace_body(path.read_text("utf-8"), name)
+        source, old = empty(path.read_text("utf-8"), name)
         path.write_text(source, "utf-8")
         bare = [line.split("#")[0].strip() for line in old]     # without comments
         answers |= {line for line in bare if len(line) > 20}

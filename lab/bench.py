@@ -31,10 +31,6 @@ def rounds(jobs, count):
     return {name: np.array(t) for name, t in times.items()}
 
 
-def new_model(run):
-    return GPT(run.base.config).to(run.device)
-
-
 def their_model(run):
     """GPT2LMHeadModel of the same shapes; None without transformers."""
     try:
@@ -45,15 +41,16 @@ def their_model(run):
     c = run.base.config
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.context, n_embd=c.n_embd, n_layer=c.n_layer,
-        n_head=c.n_head, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, activation_function="relu2",
+        n_head=c.n_head, activation_function="relu2",
         bos_token_id=run.tok.end, eos_token_id=None, pad_token_id=run.tok.end)).to(run.device)
 
 
 def training(run, model, method=None):
     """A job of eight steps."""
     s = run.size
-    opts = optimizers(model, 1e-3, 1e-3, s.decay)
-    batches = [D.batch(run.train, step, s.batch, run.seed).to(run.device) for step in range(8)]
+    opts = optimizers(model, 1e-3, 1e-3, s.decay, s.muon)
+    batches = [D.batch(run.train, step, s.batch, run.seed, s.no_prompt).to(run.device)
+               for step in range(8)]
 
     def job():
         for batch in batches:
@@ -109,7 +106,8 @@ def job(run, args):
     run.flags.height = 1.0
     theirs = their_model(run)
     install = lambda batch: flags.install(run.flags, batch, s.supply)
-    models = {"plain": (new_model(run), None), "with flags": (new_model(run), install)}
+    models = {name: (GPT(run.base.config).to(run.device), how)
+              for name, how in (("plain", None), ("with flags", install))}
     if theirs:
         models["Pretrained"] = Pretrained(theirs, s.context), None
     train, writes = {}, {}

@@ -91,7 +91,7 @@ def hits(probe, x, y, x_test, y_test, K):
 
 
 def material(run, n, m=500):
-    """n training and m held-out examples, their concepts, and the mean flags to clamp them to."""
+    """n training and m held-out examples, their concepts, and the mean label, to clamp flags to."""
     parts = examples(run, run.data.train, n), examples(run, run.data.test, m)
     mean = torch.tensor([row.label for row in run.train]).mean(0)
     return (parts, [torch.tensor([concept for _, concept, *_ in part]) for part in parts],
@@ -99,7 +99,7 @@ def material(run, n, m=500):
 
 
 def read(run, model, n):
-    """What probes read: of n training examples. Views: flags clamped to their mean, or set to
+    """What probes read: of n training examples. Views: flags clamped to the mean label, or set to
     another concept. dealt: random labels of the stories' cue words, for selectivity."""
     K, found = len(run.data.concepts), {}
     parts, (y, y_test), clamped = material(run, n)
@@ -135,14 +135,11 @@ def study(run, model):
     x, y = x[:, run.flags.layer - 1], torch.tensor([concept for _, concept, *_ in part])
     means = torch.stack([x[y == k].mean(0) for k in y.unique()])
     torch.manual_seed(run.seed)
-    prompts, values, score = run.asked["blank"]     # values: only for `by` to be called
     for name, directions in (("concept removed", (means - means.mean(0))[1:].T),
                              ("as many removed at random", torch.randn(x.size(1), len(means) - 1))):
-        texts = flags.continue_texts(run, model, prompts, values, lambda ids, values: (
-            ids, remove(run, directions.to(run.device), flags.last(ids))))
-        rates[name] = flags.stat(score(seen, i) for i, seen in enumerate(run.judge(texts)))
-    texts = flags.continue_texts(run, model, prompts, values, held(run, model))
-    rates["intact, held"] = flags.stat(score(seen, i) for i, seen in enumerate(run.judge(texts)))
+        by = lambda ids, values: (ids, remove(run, directions.to(run.device), flags.last(ids)))
+        rates[name] = flags.ask(run, model, "blank", by=by)[1]      # `by` stands in for blanking
+    rates["intact, held"] = flags.ask(run, model, "blank", by=held(run, model))[1]
     rates["exact"] = flags.reading(run, model)["exact"]
     return {"loss": flags.held_out(run, model, run.test)[0], "held loss": held_loss(run, model),
             "rates": rates, "probes": read(run, model, 2000)}

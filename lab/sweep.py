@@ -6,7 +6,8 @@
     python -m lab.sweep fenced 4 8 16 32 64         # channels: the first flags, or copies of all
     python -m lab.sweep rely 6450 --set supply=0 --out out/p0   # ten times the steps, at p = 0
 
-The base and the control are those of `python flags.py` with the same options, and so is what
+The base and the control are those of `python flags.py` with the same options (so the control keeps
+its own schedule when `lr`, `decay`, `no_prompt`, `produce` or `rely` changes), and so is what
 `height` counts in: after whichever block the flags stand, the RMS after the run's own k.
 """
 import copy

@@ -3,8 +3,6 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
 import torch
 
 import data as D
@@ -12,34 +10,6 @@ import flags as F
 from lab import compare, tools
 from lab.test_lab import batch_of, run        # noqa: F401, run is a fixture
 from lab.tools import change
-
-
-def test_gradient_routing_against_a_hand_written_mask(run):
-    words = {5: " crab", 6: " and", 7: "Cow", 8: " igloo"}
-    told = change(run, tok=dataclasses.replace(run.tok, decode=lambda ids: words.get(ids[0], "?")))
-    y = [[float(concept in ("sea", "farm")) for concept in run.data.concepts]]
-    batch = batch_of([[-100, 5, 6, 7, 8, -100]], y)     # given; sea; plain; farm; not of this text
-    batch = batch._replace(idx=torch.full((1, 6), 5))   # what is read does not matter
-    edit, flag_loss = compare.route(told)(0, batch)
-    x = torch.randn(1, 6, 64, requires_grad=True)
-    assert torch.equal(edit(1, x, None), x) and flag_loss() == 0        # nothing changes forwards
-    edit(2, x, None).sum().backward()
-    assert x.grad.eq(1).all()                           # the last block's output is free
-    x.grad = None
-    edit(1, x, None).sum().backward()
-    passes = torch.ones(1, 6, 64)
-    for t, concept in ((1, "sea"), (3, "farm")):
-        passes[0, t] = 0
-        passes[0, t, run.flags.first + run.data.concepts.index(concept)] = 1
-    assert torch.equal(x.grad, passes)
-
-    wordless = change(run, data=dataclasses.replace(run.data, words=None))
-    edit, _ = compare.route(wordless)(0, batch)
-    x.grad = None
-    edit(1, x, None).sum().backward()                   # the whole text is the concepts'
-    passes[0, 1:5] = 0
-    passes[0, 1:5, run.flags.slice] = torch.tensor(y[0])
-    assert torch.equal(x.grad, passes)
 
 
 def test_shuffled_labels_keep_their_number_and_lose_their_rows():
@@ -77,22 +47,6 @@ def test_control_tokens_stand_behind_the_prompt(run):
     full = D.Row([1] * 128, [3], row.label)             # it fills the context: there is no room
     assert cut(full) == [full]
     assert by([full.prompt], values) == ([[1] * 126 + [n + 1, n + 2]], None)
-
-
-def test_difference_of_means_by_hand(monkeypatch):
-    """Every text position weighs the same, the prompt nothing; what all concepts share goes."""
-    x = torch.randn(4, 5, 6)
-    batches = [batch_of([[-100, 1, 1, 1, -100], [1] * 5], [[1., 0], [0, 1]]),
-               batch_of([[-100] * 4 + [1], [-100, 1, -100, -100, -100]], [[1., 1], [0, 1]])]
-    streams = iter((x[:2], x[2:]))
-    monkeypatch.setattr(D, "batch", lambda rows, step, *args: batches[step])
-    monkeypatch.setattr(F, "streams", lambda model, idx: [None, next(streams)])
-    run = SimpleNamespace(data=SimpleNamespace(concepts=["a", "b"]), device=torch.device("cpu"),
-                          train=None, seed=0, flags=F.Flags(2, 4, 2), size=F.Size(width=6, flags=2))
-    a = torch.cat([x[0, 1:4], x[2, 4:]]).mean(0)
-    b = torch.cat([x[1], x[2, 4:], x[3, 1:2]]).mean(0)
-    found = compare.means(run, SimpleNamespace(config=SimpleNamespace(n_embd=6)), batches=2)
-    assert torch.allclose(found, torch.stack([a, b]) - (a + b) / 2, atol=1e-6)
 
 
 def test_replacing_what_stands_in_the_directions(run):
@@ -136,6 +90,8 @@ def test_the_comparison_measures_each_arm_by_its_model(run, tmp_path, monkeypatc
     monkeypatch.setattr(F, "train", train)
     monkeypatch.setattr(compare, "means", lambda run, model: model.name)
     monkeypatch.setattr(compare, "by_replacing", lambda run, model, d: lambda a: (d, a))
+    monkeypatch.setattr(compare, "shuffled", lambda method, seed: ("shuffled", method, seed))
+    monkeypatch.setattr(compare, "route", lambda run: "routed")
     monkeypatch.setattr(compare, "draw", lambda *args: None)
     monkeypatch.setattr(compare, "row", row)
     monkeypatch.setattr(F, "ask", ask)
@@ -161,10 +117,12 @@ def test_the_comparison_measures_each_arm_by_its_model(run, tmp_path, monkeypatc
     assert {steps for _, steps in trained.values()} == {run.size.produce + run.size.rely}
     assert trained["token"][0].train is not run.train
     methods = {name: more for _, name, _, _, *more in jobs}
-    assert len(methods["token"]) == 1
+    assert len(methods["token"]) == 1 and methods["routing"] == ["routed"]
+    [(how, method, seed)] = methods["shuffled"]
+    assert (how, seed) == ("shuffled", run.seed)
     batch = batch_of([[-100, 1, 1, 1]], [[1.0] * 16])
-    for name, supplied in (("stage1", False), ("shuffled", True)):
-        x = methods[name][0](run.size.produce, batch)[0](1, torch.zeros(1, 4, 64), None)
+    for how, supplied in ((methods["stage1"][0], False), (method, True)):
+        x = how(run.size.produce, batch)[0](1, torch.zeros(1, 4, 64), None)
         assert x.any() == supplied
 
 

@@ -23,7 +23,7 @@ def parser(doc):
     p.prog, p.description, p.epilog = f"python -m lab.{Path(sys.argv[0]).stem}", doc, None
     p.error = lambda message: p.exit(2, f"{p.prog}: {message}; -h explains all options\n")
     for action in [a for a in p._actions if a.dest in ("steer", "on", "off")]:
-        p._remove_action(action)
+        p._optionals._remove_action(action)
         for option in action.option_strings:
             del p._option_string_actions[option]
     p.add_argument("--seeds", type=int, default=1, choices=range(1, 100), metavar="N",
@@ -45,12 +45,11 @@ def main(p, job):
             run = flags.prepare(one)
             tables.append(leaves(job(run, args)))
         if args.seeds > 1:
-            summary, file = over_seeds(tables), out / f"{name}.json"
-            flags.write(file, lambda new: new.write(json.dumps(summary, indent=1).encode()))
+            summary = over_seeds(tables)
             print(f"\n{args.seeds} seeds: mean [lowest, highest]")
             for key, row in summary.items():
                 print(f"  {key:44s}{row['mean']:8.3f}  [{row['low']:.3f}, {row['high']:.3f}]")
-            print(f"Wrote {file}")
+            save(argparse.Namespace(out=out), f"{name}.json", summary)
     except (Stop, OSError, torch.OutOfMemoryError) as stop:
         print(f"{p.prog}: {stop}", file=sys.stderr)
         sys.exit(2)

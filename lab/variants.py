@@ -54,15 +54,10 @@ def remove(run, directions, start):
     return edit
 
 
-@torch.no_grad()
 def held_loss(run, model):
     """LM loss on held-out rows, with the model's own flags held as in `held`."""
-    rows = sorted(run.test, key=lambda r: len(r.prompt) + len(r.text))
-    total = torch.zeros(2)
-    for i in flags.counted("measuring the loss, batch", range(0, len(rows), 32)):
-        own = flags.own_flags(model, run.flags, [row.prompt for row in rows[i:i + 32]]) > 0.5
-        batch = D.pad([row._replace(label=y) for row, y in zip(rows[i:i + 32], own.tolist())])
-        batch, n = batch.to(run.device), (batch.targets >= 0).sum()
-        lm = flags.lm_loss(model, batch, flags.install(run.flags, batch, p=2.0)[0])
-        total += torch.stack([n * lm.cpu(), n])
-    return (total[0] / total[1]).item()
+    batches = [run.test[i:i + 32] for i in range(0, len(run.test), 32)]
+    own = torch.cat([flags.own_flags(model, run.flags, [row.prompt for row in batch])
+                     for batch in flags.counted("reading flags, batch", batches)]) > 0.5
+    rows = [row._replace(label=y) for row, y in zip(run.test, own.tolist())]
+    return flags.held_out(run, model, rows, p=1.0)[0]
