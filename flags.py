@@ -410,9 +410,10 @@ MOST = dict(supply=1, no_prompt=1, wean=1, muon=99, width=8192, context=2 ** 20)
 MAY_BE_0 = "seed base produce wean lr embedding_lr decay supply weight no_prompt top".split()
 
 
-def for_real_text(s, examples):
-    """The schedule for so many examples of real text."""
-    n = max(8, round(min(8 * examples ** 0.5, examples / 12)))  # of stage 2: some 11 epochs or less
+def for_real_text(s, train):
+    """The schedule for these examples of real text: n steps of stage 2."""
+    texts = len({e.text for e in train})        # each is seen some eleven times, or less
+    n = max(8, round(min(8 * len(train) ** 0.5, texts / 12)))
     rate, muon = (3.2, 3) if n < 600 else (2, 5) if n < 2000 else (1, 5)
     return replace(s, **REAL_TEXT, base=max(48, n // 7), produce=min(50, n // 10), rely=n,
                    lr=s.lr * rate, muon=muon, decay=24 / n ** 0.5)
@@ -442,7 +443,7 @@ def prepare(args):
     data = D.load(args.data, chosen.get("flags", s.flags), args.seed,
                   chosen.get("stories", s.stories))
     if data.name != "stories":
-        s = for_real_text(s, len(data.train))
+        s = for_real_text(s, data.train)
     if args.init:
         if own := chosen.keys() & {"layers", "heads", "width", "vocab"}:
             raise D.Stop(f"--set {' '.join(own)}: a checkpoint has its own, which can't be changed")

@@ -81,6 +81,8 @@ def test_the_schedule_of_real_text_and_of_a_gpu(tmp_path, monkeypatch):
     run, names = prepare(), "rely batch lr top layer muon weight no_prompt supply base wean".split()
     n = round(len(run.data.train) / 12)                     # ten epochs of 128
     assert [*map(vars(run.size).get, names)] == [n, 128, 0.032, 0, 2, 3, 10, 0.5, 0.9, 48, 0.2]
+    twice = [e._replace(prompt=f"{e.prompt} {i}") for e in run.data.train for i in (0, 1)]
+    assert F.for_real_text(run.size, twice).rely == n       # no more texts to learn
     more = prepare("--data", jsonl_of(folder, 12_000)).size     # 8 sqrt(n) steps
     assert (more.lr, more.muon, more.rely < 1000) == (0.02, 5, True)
     init = lambda *more: [*map(vars(prepare("--init", str(folder), *more).size).get, names)]
